@@ -1,0 +1,90 @@
+// What every CPU operator needs of torch: checks with a clean message, allocation, threads, scratch.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace pyarch {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// The operators are open to anyone through torch.ops, so each rechecks what memory safety needs.
+#define PYARCH_CHECK(condition, ...)                                    \
+  do {                                                                  \
+    if (__builtin_expect(!(condition), 0)) ::pyarch::fail(__VA_ARGS__); \
+  } while (0)
+
+// A contiguous CPU tensor with uninitialised memory; half the cost of torch::stable::empty.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8], step = 1;
+  const int64_t rank = static_cast<int64_t>(sizes.size());
+  PYARCH_CHECK(rank <= 8, "rank above 8");
+  for (int64_t i = rank - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  AtenTensorHandle handle;
+  if (aoti_torch_empty_strided(rank, sizes.begin(), strides, static_cast<int32_t>(dtype),
+                               aoti_torch_device_type_cpu(), 0, &handle) != 0)
+    fail("out of memory");
+  return Tensor(handle);
+}
+
+// f(i) for every i in [0, tasks), handed out one by one to torch's threads, so that a slow core takes fewer.
+// What a task computes must not depend on which thread runs it: results are the same for any thread count.
+template <class F>
+inline void parallel_tasks(int64_t tasks, const F& f) {
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < tasks;
+         i = next.fetch_add(1, std::memory_order_relaxed))
+      f(i);
+  });
+}
+
+// Memory that one thread keeps between calls, 64-byte aligned, uninitialised. `Tag` names the buffer, so that
+// a function and the one it calls do not share.
+template <class Tag, class T>
+inline T* scratch(size_t count) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t capacity = 0;
+  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+  if (bytes > capacity) {
+    memory.reset(std::aligned_alloc(64, bytes));
+    capacity = memory ? bytes : 0;
+    PYARCH_CHECK(memory, "out of memory: ", bytes, " bytes of scratch");
+  }
+  return static_cast<T*>(memory.get());
+}
+
+}  // namespace pyarch

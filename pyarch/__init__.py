@@ -1,0 +1,8 @@
+"""The hot paths of deep learning in Triton, CUDA C++ and native CPU kernels. One op, one meaning, any machine."""
+
+from .dispatch import backends, use_backend
+from .explain import explain
+from .ops import *  # the public functions, one line a room in ops/__init__.py
+from .quantized import QuantizedTensor, quantize
+
+__version__ = "0.1.0"

@@ -1,0 +1,94 @@
+"""The operators: one private, tensors-only torch operator per op and backend, and the libraries that implement them.
+
+A room defines its operator once; all backends share the schema and the fake:
+
+    define("rms_norm", "(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor)", fake)
+
+gives torch.ops.pyarch.rms_norm__cpu, __cuda and __triton. C++ libraries register the first two when they are loaded;
+the Triton one calls kernels/<op>.py, which is imported on first use, so that `import pyarch` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import arch
+
+_LIBRARY = torch.library.Library("pyarch", "DEF")
+_FOLDER = Path(__file__).parent
+_REBUILD = "pip install --no-build-isolation -e . (or make build)"
+
+
+def _load(stem: str) -> str | None:
+    """Loads a library beside this file; returns why not, or None."""
+    path = next(_FOLDER.glob(f"{stem}.*so"), None)
+    if path is None:
+        return f"{stem} is not built: {_REBUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load under torch {torch.__version__} ({error}): {_REBUILD}"
+    return None
+
+
+def _load_cpu() -> tuple[str | None, str | None]:
+    """(instruction set of the loaded library, None) or (None, why there is none)."""
+    reason = None
+    for isa in arch.cpu_isas():
+        why = _load(f"_cpu_{isa}")
+        if why is None:
+            return isa, None
+        reason = reason or why
+    return None, reason
+
+
+cpu_isa, _no_cpu = _load_cpu()
+if torch.version.cuda is None:
+    _no_cuda: str | None = "this torch is built without CUDA"
+else:
+    _no_cuda = _load("_cuda")
+
+
+@functools.cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not (torch.version.cuda or arch.interpreting()):
+        return "this torch is built without CUDA (TRITON_INTERPRET=1 interprets the kernels, for tests)"
+    return None
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend ('cpu', 'cuda', 'triton', 'reference') cannot run in this process; None if it can."""
+    if backend == "triton":
+        return _no_triton()
+    return {"cpu": _no_cpu, "cuda": _no_cuda, "reference": None}[backend]
+
+
+def define(name: str, schema: str, fake: Callable, triton: str | None = None) -> None:
+    """Declares pyarch::<name>__{cpu,cuda,triton} with one schema and one fake (shape inference).
+
+    triton: 'module:function' under pyarch.kernels that implements the Triton one.
+    """
+    for backend in ("cpu", "cuda", "triton"):
+        _LIBRARY.define(f"{name}__{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"pyarch::{name}__{backend}", fake, lib=_LIBRARY)
+    if triton is not None:
+        module, function = triton.split(":")
+
+        def run(*args):
+            return getattr(importlib.import_module(f"pyarch.kernels.{module}"), function)(*args)
+
+        for key in ("CUDA", "CPU") if arch.interpreting() else ("CUDA",):
+            _LIBRARY.impl(f"{name}__triton", run, key)
+
+
+def operator(name: str, backend: str) -> Callable:
+    """The torch operator of an op on a backend."""
+    return getattr(torch.ops.pyarch, f"{name}__{backend}").default

@@ -1,0 +1,34 @@
+"""Checks of arguments that several rooms share. Each raises TypeError or ValueError that names the argument."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, value: object, *, rank: int | None = None, dtypes: tuple[torch.dtype, ...] | None = None,
+           device: torch.device | None = None) -> torch.Tensor:  # fmt: skip
+    """Checks that value is a strided tensor of the given rank, dtype and device."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense (strided) tensor, not {value.layout}")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name}: must have {rank} dimensions, not shape {tuple(value.shape)}")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name}: dtype must be {' or '.join(map(str, dtypes))}, not {value.dtype}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: must be on {device}, not {value.device}")
+    return value
+
+
+def shape(name: str, value: torch.Tensor, *sizes: int) -> None:
+    """Checks the exact shape."""
+    if tuple(value.shape) != sizes:
+        raise ValueError(f"{name}: shape must be {sizes}, not {tuple(value.shape)}")
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

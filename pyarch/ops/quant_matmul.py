@@ -1,0 +1,173 @@
+"""quant_matmul: y = act(x @ w.T + bias) with w a QuantizedTensor of 4-bit or 8-bit codes (pyarch/quantized.py).
+
+    x         (..., K)  float32, bfloat16 or float16; float64 on the reference only
+    weight    QuantizedTensor [N, K], any group size; scale and zero or offset in their own dtypes
+    bias      (N)       x's dtype or float32, or None
+    returns   (..., N)  x's dtype
+
+Weights are used exactly as the codes say; sums are fp32 (bf16 dot products only for bf16 x) and y is rounded once.
+
+act_bits=8 also rounds the activations to int8, inside the call: one fp32 scale per row and weight group (per row when
+the group is the row), amax / 127, round half to even. It changes answers (about 0.5 % of the output's norm), so it is
+never chosen for you; int8 products are summed exactly in int32 within a group.
+
+On the CPU a row of y is bitwise the same for any M and any number of threads (per CPU library).
+Gradients: for x and bias, through the dequantised weight; the codes have none.
+Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023, for the formats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..dispatch import Facts, Limits, Op
+from ..native import define, operator
+from ..quantized import QuantizedTensor
+from . import _activation, _args
+from ._activation import Activation
+
+
+def quant_matmul(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: Activation = None,
+    act_bits: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """act(x @ weight.T + bias) with quantised weights; see the module's text.
+
+    activation: None, "relu", "silu", "gelu" (erf), "gelu_tanh" or ("leaky_relu", slope).
+    act_bits: None, or 8 to round activations to int8 inside the call.
+    Raises TypeError or ValueError naming the argument; ValueError if the named backend cannot run the call.
+    """
+    facts = check(x, weight, bias, activation=activation, act_bits=act_bits)
+    chosen = QUANT_MATMUL.choose(backend, facts)
+    if chosen == "reference":
+        return quant_matmul_reference(x, weight, bias, activation=activation, act_bits=act_bits)
+    if _args.needs_grad(x, bias):
+        # The epilogue stays with autograd: its derivative needs the value before the activation.
+        y = _QuantMatmul.apply(x, weight, act_bits, chosen)
+        return _activation.apply(activation, y if bias is None else (y + bias).to(x.dtype))
+    return _run(chosen, x, weight, bias, activation, act_bits)
+
+
+def quant_matmul_reference(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: Activation = None,
+    act_bits: int | None = None,
+) -> torch.Tensor:
+    """The definition, in plain PyTorch, in float32 (float64 for float64 x): differentiable, every device."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    operand = x.to(wide)
+    if act_bits == 8:
+        codes, scale = quantize_activations(operand, weight)
+        operand = codes * scale
+    y = F.linear(operand, weight.dequantize(wide), None if bias is None else bias.to(wide))
+    return _activation.apply(activation, y).to(x.dtype)
+
+
+def quantize_activations(x: torch.Tensor, weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What act_bits=8 does to x (..., K): its int8 codes, as numbers, and their scale, both (..., K)."""
+    group = weight.column_groups()
+    index = group.expand(x.shape)
+    amax = x.new_zeros((*x.shape[:-1], weight.groups)).scatter_reduce(-1, index, x.abs(), "amax")
+    scale = (amax / 127)[..., group]
+    codes = torch.where(scale > 0, x / scale, 0.0).round().clamp(-127, 127)
+    return codes, scale
+
+
+def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_bits: int | None = None) -> Facts:
+    """Checks the arguments and returns the facts that dispatch compares with LIMITS."""
+    _args.tensor("x", x)
+    if not isinstance(weight, QuantizedTensor):
+        raise TypeError(f"weight: must be a QuantizedTensor (pyarch.quantize makes one), not {type(weight).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: dtype must be floating, not {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != weight.in_features:
+        raise ValueError(f"x: last dimension must be {weight.in_features} (weight's K), not shape {tuple(x.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: must be on {x.device} like x, not {weight.device}")
+    if bias is not None:
+        _args.tensor("bias", bias, rank=1, dtypes=(x.dtype, torch.float32), device=x.device)
+        _args.shape("bias", bias, weight.out_features)
+    _activation.encode(activation)
+    if act_bits not in (None, 8):
+        raise ValueError(f"act_bits: must be None or 8, not {act_bits!r}")
+    return {
+        "device": x.device.type,
+        "dtype": x.dtype,
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "g_idx": weight.g_idx is not None,
+        "act_bits": act_bits,
+    }
+
+
+def _run(backend: str, x, weight: QuantizedTensor, bias, activation: Activation, act_bits) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    code, slope = _activation.encode(activation)
+    y = operator("quant_matmul", backend)(
+        rows, weight.q, weight.scale, weight.zero, weight.offset, weight.g_idx, bias,
+        weight.group_size, act_bits or 0, code, slope,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _QuantMatmul(torch.autograd.Function):
+    """x @ w.T; linear in x, so its backward is itself differentiable."""
+
+    @staticmethod
+    def forward(ctx, x, weight, act_bits, backend):
+        ctx.weight = weight
+        return _run(backend, x, weight, None, None, act_bits)
+
+    @staticmethod
+    def backward(ctx, dy):
+        wide = torch.float32 if dy.dtype != torch.float64 else torch.float64
+        return (dy.to(wide) @ ctx.weight.dequantize(wide)).to(dy.dtype), None, None, None
+
+
+def _fake(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, activation, slope):
+    return x.new_empty((x.shape[0], q.shape[0]))
+
+
+def _no_act_order_int8(facts: Facts) -> str | None:
+    if facts["g_idx"] and facts["act_bits"]:
+        return "act_bits=8 needs contiguous groups, this weight has g_idx"
+    return None
+
+
+LIMITS = {"cpu": Limits("cpu", unless=_no_act_order_int8)}
+QUANT_MATMUL = Op("quant_matmul", LIMITS, check, "for x and bias, through the dequantised weight in PyTorch operations")
+define(
+    "quant_matmul",
+    "(Tensor x, Tensor q, Tensor scale, Tensor? zero, Tensor? offset, Tensor? g_idx, Tensor? bias,"
+    " int group_size, int act_bits, int activation, float slope) -> Tensor",
+    _fake,
+)
+
+OPS = {quant_matmul: QUANT_MATMUL}
+CASES = {
+    "smollm2-down-decode": dict(m=1, n=576, k=1536, group_size=32),
+    "llama7b-attention-decode": dict(m=1, n=4096, k=4096, group_size=128),
+    "llama7b-up-decode": dict(m=1, n=11008, k=4096, group_size=128),
+    "llama7b-attention-16": dict(m=16, n=4096, k=4096, group_size=128),
+    "llama7b-attention-128": dict(m=128, n=4096, k=4096, group_size=128),
+}
+
+
+def flops(case: dict) -> int:
+    return 2 * case["m"] * case["n"] * case["k"]
+
+
+def bytes_moved(case: dict, bits: int) -> int:
+    """Weight codes and their scales (2 bytes each): what a small M has to read."""
+    return case["n"] * case["k"] * bits // 8 + 2 * case["n"] * -(-case["k"] // case["group_size"])

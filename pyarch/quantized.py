@@ -1,0 +1,206 @@
+"""QuantizedTensor: a weight matrix of 4-bit or 8-bit codes with a scale per group of columns. A leaf: only torch.
+
+A row of 4-bit codes, two to a byte, the even column in the low nibble; a group is `group_size` columns:
+
+    column   0   1   2   3        bits 7..4  bits 3..0
+    byte     [ q1 | q0 ] [ q3 | q2 ] ...     (an odd last column leaves the high nibble 0)
+
+    q       uint8 [N, ceil(K/2)], codes 0..15      or  int8 [N, K], codes -128..127
+    scale   [N, G], float32, float16 or bfloat16, G = ceil(K / group_size), 1 for group_size -1 (the whole row)
+    zero    [N, G], an integer or a float dtype     w = scale * (q - zero)
+    offset  [N, G], a float dtype                   w = scale * q + offset
+            neither: zero is 8 for 4-bit codes and 0 for 8-bit ones
+    g_idx   [K] int32 in [0, G): the group of each column, where it is not column // group_size (GPTQ's act-order)
+
+The tensors are the canonical form: what a state_dict holds and what every backend reads, on every device. They belong
+to the QuantizedTensor once it is made and must not be written to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch.utils import _pytree
+
+_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A [out_features, in_features] weight of 4-bit or 8-bit codes; the module's text has the format.
+
+    Raises TypeError or ValueError that names the field for a dtype, device or shape that does not fit.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    in_features: int
+    group_size: int
+    zero: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    g_idx: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.q.dtype not in (torch.uint8, torch.int8) or self.q.dim() != 2:
+            raise TypeError(f"q: must be uint8 or int8 of 2 dimensions, not {self.q.dtype} {tuple(self.q.shape)}")
+        n, k = self.q.shape[0], self.in_features
+        columns = (k + 1) // 2 if self.bits == 4 else k
+        if k < 0 or self.q.shape[1] != columns:
+            raise ValueError(f"in_features: {k} does not fit q of shape {tuple(self.q.shape)} ({self.bits}-bit codes)")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size: must be -1 (the whole row) or at least 1, not {self.group_size}")
+        if self.zero is not None and self.offset is not None:
+            raise ValueError("offset: must be None when zero is given")
+        grid = (n, self.groups)
+        for name, dtypes in (("scale", _SCALE_DTYPES), ("zero", _INTEGERS + _SCALE_DTYPES), ("offset", _SCALE_DTYPES)):
+            self._expect(name, dtypes, grid)
+        self._expect("g_idx", (torch.int32,), (k,))
+        if self.g_idx is not None and k > 0:
+            low, high = (int(v) for v in self.g_idx.aminmax())
+            if low < 0 or high >= self.groups:
+                raise ValueError(f"g_idx: values must be in [0, {self.groups}), not {low} to {high}")
+
+    def _expect(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if value.dtype not in dtypes:
+            raise TypeError(f"{name}: dtype must be {' or '.join(map(str, dtypes))}, not {value.dtype}")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name}: shape must be {shape}, not {tuple(value.shape)}")
+        if value.device != self.q.device:
+            raise ValueError(f"{name}: must be on {self.q.device} like q, not {value.device}")
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.q.dtype == torch.uint8 else 8
+
+    @property
+    def out_features(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.q.shape[0], self.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row: the columns of scale."""
+        return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._tensors() if t is not None)
+
+    def _tensors(self) -> list[torch.Tensor | None]:
+        return [self.q, self.scale, self.zero, self.offset, self.g_idx]
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The same weight on another device; dtypes never change."""
+        moved = [None if t is None else t.to(device) for t in self._tensors()]
+        return _unflatten(moved, (self.in_features, self.group_size))
+
+    def codes(self) -> torch.Tensor:
+        """int8 [N, K]: 0..15 for 4-bit codes, else as stored."""
+        if self.bits == 8:
+            return self.q
+        return unpack_int4(self.q, self.in_features)
+
+    def column_groups(self) -> torch.Tensor:
+        """int64 [K]: the group of each column."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        columns = torch.arange(self.in_features, device=self.device)
+        return torch.zeros_like(columns) if self.group_size == -1 else columns // self.group_size
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [N, K] as numbers: computed in float32 (float64 if asked for), then rounded to dtype."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        group = self.column_groups()
+        q, scale = self.codes().to(wide), self.scale.to(wide)[:, group]
+        if self.offset is not None:
+            return (scale * q + self.offset.to(wide)[:, group]).to(dtype)
+        if self.zero is not None:
+            return (scale * (q - self.zero.to(wide)[:, group])).to(dtype)
+        return (scale * (q - (8 if self.bits == 4 else 0))).to(dtype)
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        extra = "".join(f", {f}" for f in ("zero", "offset", "g_idx") if getattr(self, f) is not None)
+        kind = f"int{self.bits}, group_size={self.group_size}{extra}, {self.scale.dtype}, {self.device}"
+        return f"QuantizedTensor({n}x{k}, {kind})"
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0..15 [N, K] of any integer dtype -> uint8 [N, ceil(K/2)], the even column in the low nibble."""
+    codes = codes.to(torch.uint8)
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def unpack_int4(packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """uint8 [N, ceil(K/2)] -> int8 codes 0..15 [N, K]: the inverse of pack_int4."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :in_features].to(torch.int8)
+
+
+def quantize(weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, symmetric: bool = True) -> QuantizedTensor:
+    """Rounds a weight [N, K] to the nearest code, group by group along K (round to nearest, half to even).
+
+    bits        4 or 8
+    group_size  columns that share a scale, or -1 for the whole row
+    symmetric   scale = max|w| / (2^(bits-1) - 1) and no zero; else the codes span [min(w, 0), max(w, 0)] with an
+                integer zero
+    The scale has the weight's dtype. Raises TypeError or ValueError naming the argument; weights must be finite.
+    """
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in _SCALE_DTYPES:
+        raise TypeError("weight: must be a float32, float16 or bfloat16 tensor of 2 dimensions")
+    if bits not in (4, 8):
+        raise ValueError(f"bits: must be 4 or 8, not {bits}")
+    if group_size != -1 and group_size < 1:
+        raise ValueError(f"group_size: must be -1 (the whole row) or at least 1, not {group_size}")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight: must be finite")
+    n, k = weight.shape
+    group = k if group_size == -1 else group_size
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    w = torch.nn.functional.pad(weight.detach().float(), (0, groups * group - k)).view(n, groups, group)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if symmetric:
+        scale = (w.abs().amax(-1) if group else w.new_zeros(n, groups)) / high
+    else:
+        top, bottom = (w.amax(-1).clamp(min=0), w.amin(-1).clamp(max=0)) if group else (w.new_zeros(n, groups),) * 2
+        scale = (top - bottom) / (high - low)
+    scale = scale.to(weight.dtype)
+    wide = scale.float()
+    step = torch.where(wide > 0, wide, 1.0)
+    zero = None if symmetric else (low - bottom / step).round().clamp(low, high)
+    codes = (w / step[..., None]).round() + (0 if zero is None else zero[..., None])
+    codes = codes.clamp(low, high).view(n, groups * group)[:, :k].to(torch.int8)
+    if bits == 8:
+        return QuantizedTensor(codes, scale, k, group_size, None if zero is None else zero.to(torch.int8))
+    zero = None if zero is None else (zero + 8).to(torch.uint8)
+    return QuantizedTensor(pack_int4(codes + 8), scale, k, group_size, zero)
+
+
+def _flatten(t: QuantizedTensor) -> tuple[list, tuple]:
+    return t._tensors(), (t.in_features, t.group_size)
+
+
+def _unflatten(tensors, context: tuple) -> QuantizedTensor:
+    # Without __post_init__: torch.compile and vmap put placeholders where the tensors were.
+    made = object.__new__(QuantizedTensor)
+    q, scale, zero, offset, g_idx = tensors
+    values = (q, scale, *context, zero, offset, g_idx)
+    for field, value in zip(fields(QuantizedTensor), values, strict=True):
+        object.__setattr__(made, field.name, value)
+    return made
+
+
+_pytree.register_pytree_node(QuantizedTensor, _flatten, _unflatten, serialized_type_name="pyarch.QuantizedTensor")
