@@ -27,7 +27,7 @@ template <class... Parts>
 [[noreturn]] inline void fail(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::invalid_argument(text.str());
 }
 
 // The operators are open to anyone through torch.ops, so each rechecks what memory safety needs.

@@ -1,4 +1,8 @@
 """The rooms: one file an op. A new op adds its line here."""
 
+from ._paged_cache import OutOfPages as OutOfPages
+from ._paged_cache import PagedKVCache as PagedKVCache
+from .paged_kv import kv_append as kv_append
+from .paged_kv import paged_attention as paged_attention
 from .quant_matmul import quant_matmul as quant_matmul
 from .rms_norm import rms_norm as rms_norm
