@@ -89,6 +89,15 @@ def define(name: str, schema: str, fake: Callable, triton: str | None = None) ->
             _LIBRARY.impl(f"{name}__triton", run, key)
 
 
+_LIBRARY.define("poison_memory(bool on) -> ()")
+
+
+def poison(on: bool) -> None:
+    """For tests: while on, the CPU library fills what it allocates with 0xff (NaN in every float type)."""
+    if cpu_isa is not None:
+        torch.ops.pyarch.poison_memory(on)
+
+
 def operator(name: str, backend: str) -> Callable:
     """The torch operator of an op on a backend."""
     return getattr(torch.ops.pyarch, f"{name}__{backend}").default

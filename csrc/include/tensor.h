@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -36,6 +37,9 @@ template <class... Parts>
     if (__builtin_expect(!(condition), 0)) ::pyarch::fail(__VA_ARGS__); \
   } while (0)
 
+// While set, empty() and scratch() give memory full of 0xff, NaN in every float type (csrc/cpu/poison.cpp).
+inline std::atomic<bool> poison_memory{false};
+
 // A contiguous CPU tensor with uninitialised memory; half the cost of torch::stable::empty.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], step = 1;
@@ -49,7 +53,10 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   if (aoti_torch_empty_strided(rank, sizes.begin(), strides, static_cast<int32_t>(dtype),
                                aoti_torch_device_type_cpu(), 0, &handle) != 0)
     fail("out of memory");
-  return Tensor(handle);
+  Tensor made(handle);
+  if (__builtin_expect(poison_memory.load(std::memory_order_relaxed), 0) && made.numel() > 0)
+    std::memset(made.data_ptr(), 0xff, static_cast<size_t>(made.numel() * made.element_size()));
+  return made;
 }
 
 // f(i) for every i in [0, tasks), handed out one by one to torch's threads, so that a slow core takes fewer.
@@ -69,8 +76,8 @@ inline void parallel_tasks(int64_t tasks, const F& f) {
   });
 }
 
-// Memory that one thread keeps between calls, 64-byte aligned, uninitialised. `Tag` names the buffer, so that
-// a function and the one it calls do not share.
+// Memory that one thread keeps between calls, 64-byte aligned, uninitialised by every call. `Tag` names the
+// buffer, so that a function and the one it calls do not share.
 template <class Tag, class T>
 inline T* scratch(size_t count) {
   struct Free {
@@ -84,6 +91,8 @@ inline T* scratch(size_t count) {
     capacity = memory ? bytes : 0;
     PYARCH_CHECK(memory, "out of memory: ", bytes, " bytes of scratch");
   }
+  if (__builtin_expect(poison_memory.load(std::memory_order_relaxed), 0) && bytes > 0)
+    std::memset(memory.get(), 0xff, bytes);
   return static_cast<T*>(memory.get());
 }
 

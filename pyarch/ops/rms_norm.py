@@ -74,7 +74,7 @@ def check(x: Any, weight: Any, *, eps: float = 1e-6, residual: Any = None) -> Fa
 
 
 def _run(backend: str, x, weight, residual, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     more = None if residual is None else residual.reshape(rows.shape).contiguous()
     y, s = operator("rms_norm", backend)(rows, weight.contiguous(), more, eps)
     return y.view(x.shape), s if residual is None else s.view(x.shape)
@@ -96,7 +96,7 @@ class _RMSNorm(torch.autograd.Function):
         wide, dwide = s.float(), dy.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
         unit = wide * inverse
-        dw = (dwide * unit).reshape(-1, weight.numel()).sum(0).to(weight.dtype)
+        dw = (dwide * unit).sum_to_size(weight.shape).to(weight.dtype)
         g = dwide * weight
         dx = ((g - unit * (g * unit).mean(-1, keepdim=True)) * inverse).to(s.dtype)
         if ctx.residual:
