@@ -35,6 +35,13 @@ def op_of(target: Callable) -> Op:
     return op
 
 
+def ops() -> dict[str, Op]:
+    """Every op by its name, in the rooms' order."""
+    prefix = f"{__package__}.ops."
+    rooms = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
+    return {op.name: op for room in rooms for op in getattr(room, "OPS", {}).values()}
+
+
 def explain(target: Callable, *args, backend: str = "auto", **kwargs) -> Explanation:
     """Which backend `target(*args, **kwargs)` takes and why; nothing is computed.
 

