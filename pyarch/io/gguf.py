@@ -1,0 +1,352 @@
+"""GGUF files (versions 2 and 3, little-endian): `load(path)` checks the whole header and reads tensors when asked.
+
+    file       "GGUF", version u32, tensors u64, entries u64; the entries; the tensor infos; padding; the data
+    entry      key string, type u32, value (a number, a bool, a string, or an array: type u32, length u64, values)
+    info       name string, rank u32, sizes u64 (the row first), type u32, offset u64 from the start of the data
+    string     length u64, UTF-8 bytes
+
+Quantised types stay quantised, used exactly: the QuantizedTensor has the very numbers of the file, so dequantize() does
+the arithmetic of the format's definition, in the same order, in float32:
+
+    type         codes  group  scale                      offset or zero
+    Q4_0         4-bit  32     d, fp16                    zero 8
+    Q4_1         4-bit  32     d, fp16                    m, fp16
+    Q5_0, Q5_1   int8   32     d, fp16                    none; m, fp16
+    Q8_0         int8   32     d, fp16                    none
+    Q4_K         4-bit  32     d * 6-bit scale, fp32      -(dmin * 6-bit minimum), fp32
+    Q5_K         int8   32     d * 6-bit scale, fp32      -(dmin * 6-bit minimum), fp32
+    Q6_K         int8   16     d * int8 scale, fp32       none
+
+fp16 times a 6-bit or 8-bit integer needs up to 19 bits of mantissa: exact in fp32, in no 16-bit type.
+Source of the layouts: the GGUF specification and the gguf package, whose tables of types and block sizes are used here.
+docs/decisions/0050 says why its reader is not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from ..quantized import QuantizedTensor
+from . import FileError, regular_file, require
+
+MAX_RANK = 4
+MAX_DEPTH = 4  # arrays in arrays
+PIECE = 1 << 20  # bytes of a quantised tensor that are converted at a time: they and what they become stay in L2
+
+_SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # value type -> struct code
+_STRING, _ARRAY = 8, 9
+_PLAIN = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: GGML type name, shape in torch's order (rows first), and bytes [offset, offset + nbytes)."""
+
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class GGUF:
+    """An opened GGUF file.
+
+    metadata   dict of str to int, float, bool, str or a list of them
+    infos      dict of tensor name to TensorInfo, in the order of the file
+    tensors    mapping of tensor name to torch.Tensor or QuantizedTensor on the CPU, read and converted at each access
+    """
+
+    def __init__(self, path: str, stamp: tuple, metadata: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
+        self.path, self.metadata, self.infos = path, metadata, infos
+        self.tensors: Mapping[str, torch.Tensor | QuantizedTensor] = _Tensors(path, stamp, infos)
+
+    def __repr__(self) -> str:
+        return f"GGUF({self.path!r}, {len(self.metadata)} entries, {len(self.infos)} tensors)"
+
+
+def load(path: str | os.PathLike) -> GGUF:
+    """Opens a GGUF file: reads its metadata and checks every tensor's place; raises FileError if anything is wrong."""
+    path = os.fspath(regular_file(path))
+    with open(path, "rb") as file:
+        header = _Header(path, file)
+        metadata, infos = header.read()
+        return GGUF(path, _stamp(file), metadata, infos)
+
+
+class _Header:
+    """Reads a header front to back; `take` is the only way to bytes, so nothing is read that the file does not have."""
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        self.path, self.file = path, file
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = self.size
+
+    def fault(self, text: str) -> FileError:
+        return FileError(self.path, text)
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.left:
+            raise self.fault(f"{what} needs {count} bytes, but {self.left} are left: truncated or corrupt")
+        self.left -= count
+        data = self.file.read(count)
+        if len(data) != count:
+            raise self.fault(f"shrank while {what} was read")
+        return data
+
+    def number(self, code: str, what: str) -> int:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
+
+    def count(self, least: int, what: str) -> int:
+        """A count of things of at least `least` bytes each, which must fit in what is left of the file."""
+        count = self.number("Q", what)
+        if count * least > self.left:
+            raise self.fault(f"{what} is {count}, more than the {self.left} bytes left can hold: truncated or corrupt")
+        return count
+
+    def string(self, what: str) -> str:
+        data = self.take(self.number("Q", f"the length of {what}"), what)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fault(f"{what} is not UTF-8") from None
+
+    def value(self, kind: int, what: str, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind], what)
+        if kind == _STRING:
+            return self.string(what)
+        if kind != _ARRAY:
+            raise self.fault(f"{what} has the unknown value type {kind}")
+        if depth == MAX_DEPTH:
+            raise self.fault(f"{what} has arrays nested more than {MAX_DEPTH} deep")
+        inner = self.number("I", f"the element type of {what}")
+        if inner in _SCALARS:
+            size = struct.calcsize("<" + _SCALARS[inner])
+            length = self.count(size, f"the length of {what}")
+            return list(struct.unpack(f"<{length}{_SCALARS[inner]}", self.take(length * size, what)))
+        length = self.count({_STRING: 8, _ARRAY: 12}.get(inner, 1), f"the length of {what}")
+        return [self.value(inner, what, depth + 1) for _ in range(length)]
+
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        if self.size < 4 or self.take(4, "the magic number") != b"GGUF":
+            raise self.fault("is not a GGUF file: it does not begin with 'GGUF'")
+        version = self.number("I", "the version")
+        if version not in (2, 3):
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
+            raise self.fault("is big-endian" if swapped else f"is of GGUF version {version}; 2 and 3 are supported")
+        tensors = self.count(24, "the number of tensors")
+        entries = self.count(13, "the number of metadata entries")
+        metadata: dict[str, Any] = {}
+        for i in range(entries):
+            key = self.string(f"the key of metadata entry {i}")
+            if key in metadata:
+                raise self.fault(f"metadata key {key!r} occurs twice")
+            metadata[key] = self.value(self.number("I", f"the type of {key!r}"), f"metadata {key!r}")
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise self.fault(f"general.alignment must be a power of two, not {alignment!r}")
+        raw = [self.info(i) for i in range(tensors)]
+        start = -(-(self.size - self.left) // alignment) * alignment
+        return metadata, self.place(raw, start, alignment)
+
+    def info(self, index: int) -> tuple[str, str, tuple[int, ...], int, int]:
+        """name, type, shape, relative offset, nbytes of one tensor; block and size fit each other."""
+        name = self.string(f"the name of tensor {index}")
+        rank = self.number("I", f"the rank of tensor {name!r}")
+        if rank > MAX_RANK:
+            raise self.fault(f"tensor {name!r} has {rank} dimensions; at most {MAX_RANK} are possible")
+        sizes = struct.unpack(f"<{rank}Q", self.take(8 * rank, f"the shape of tensor {name!r}"))
+        if 0 in sizes:
+            raise self.fault(f"tensor {name!r} has a dimension of size 0")
+        kind, offset = struct.unpack("<IQ", self.take(12, f"the type and offset of tensor {name!r}"))
+        constants = require("gguf").constants
+        try:
+            ggml = constants.GGMLQuantizationType(kind)
+        except ValueError:
+            raise self.fault(f"tensor {name!r} has the unknown type {kind}") from None
+        block, nbytes = constants.GGML_QUANT_SIZES[ggml]
+        if (sizes[0] if sizes else 1) % block:
+            raise self.fault(f"tensor {name!r} has rows of {sizes[0]}, which is no multiple of {ggml.name}'s {block}")
+        return name, ggml.name, tuple(reversed(sizes)), offset, math.prod(sizes) // block * nbytes
+
+    def place(self, raw: list[tuple], start: int, alignment: int) -> dict[str, TensorInfo]:
+        """The infos, once every tensor lies inside the file, aligned, and no two share a byte."""
+        infos: dict[str, TensorInfo] = {}
+        for name, kind, shape, offset, nbytes in raw:
+            if name in infos:
+                raise self.fault(f"tensor {name!r} occurs twice")
+            if offset % alignment:
+                raise self.fault(f"tensor {name!r} is at offset {offset}, which is not aligned to {alignment}")
+            if start + offset + nbytes > self.size:
+                raise self.fault(
+                    f"tensor {name!r} ends at byte {start + offset + nbytes}, but the file has {self.size}: "
+                    "truncated or corrupt"
+                )
+            infos[name] = TensorInfo(kind, shape, start + offset, nbytes)
+        end, before = 0, ""
+        for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
+            if info.offset < end:
+                raise self.fault(f"tensors {before!r} and {name!r} overlap")
+            end, before = info.offset + info.nbytes, name
+        return infos
+
+
+class _Tensors(Mapping):
+    """Tensors by name. Each access opens the file and reads that tensor; nothing is kept."""
+
+    def __init__(self, path: str, stamp: tuple, infos: dict[str, TensorInfo]) -> None:
+        self._path, self._stamp, self._infos = path, stamp, infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def __getitem__(self, name: str) -> torch.Tensor | QuantizedTensor:
+        info = self._infos[name]
+        if info.type not in _PLAIN and info.type not in _UNPACK:
+            have = ", ".join([*_UNPACK, *_PLAIN])
+            raise FileError(self._path, f"tensor {name!r} is of type {info.type}; supported are {have}")
+        if info.type in _UNPACK and len(info.shape) != 2:
+            raise FileError(self._path, f"tensor {name!r} is {info.type} of shape {info.shape}; only matrices can be")
+        # Unbuffered reads, not a memory map: a file that shrinks under a map kills the process.
+        with open(regular_file(self._path), "rb", buffering=0) as file:
+            if _stamp(file) != self._stamp:
+                raise FileError(self._path, "changed since it was opened")
+            file.seek(info.offset)
+            return self._plain(file, info) if info.type in _PLAIN else self._quantized(file, name, info)
+
+    def _fill(self, file: BinaryIO, target: np.ndarray) -> None:
+        view = memoryview(target.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        while len(view):
+            count = file.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise FileError(self._path, "shrank while it was read")
+            view = view[count:]
+
+    def _plain(self, file: BinaryIO, info: TensorInfo) -> torch.Tensor:
+        tensor = torch.empty(info.shape, dtype=_PLAIN[info.type])
+        self._fill(file, tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
+
+    def _quantized(self, file: BinaryIO, name: str, info: TensorInfo) -> QuantizedTensor:
+        n, k = info.shape
+        unpack, block, group = _UNPACK[info.type]
+        row = info.nbytes // n
+        rows = min(n, max(1, PIECE // row))
+        buffer = np.empty(rows * row, np.uint8)
+        parts: list[torch.Tensor] = []  # torch's memory, for its alignment; filled through numpy
+        for at in range(0, n, rows):
+            m = min(rows, n - at)
+            blocks = buffer[: m * row].reshape(m * (k // block), -1)
+            self._fill(file, blocks)
+            piece = [torch.from_numpy(a.reshape(m, -1)) for a in unpack(blocks)]
+            if not all(np.isfinite(t.numpy()).all() for t in piece[1:]):
+                raise FileError(self._path, f"tensor {name!r} has a scale that is not finite: corrupt")
+            parts = parts or [torch.empty(n, t.shape[1], dtype=t.dtype) for t in piece]
+            for whole, part in zip(parts, piece, strict=True):
+                whole.numpy()[at : at + m] = part.numpy()
+        return QuantizedTensor(parts[0], parts[1], k, group, offset=parts[2] if len(parts) == 3 else None)
+
+
+def _stamp(file: BinaryIO) -> tuple:
+    s = os.fstat(file.fileno())
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+
+# Each of these takes the bytes of B blocks, uint8 [B, block bytes], and gives (codes, scale) or (codes, scale, offset).
+# numpy, not torch: on pieces of this size torch's threads cost more than they bring, and wait for each other where
+# other programs run.
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    """Bytes [B, 2n] -> fp16 [B, n]."""
+    return x.copy().view(np.float16)
+
+
+def _nibbles(x: np.ndarray) -> np.ndarray:
+    """[..., H] bytes whose low nibbles are elements 0..H-1 and high nibbles H..2H-1 -> the same codes, neighbours in a
+    byte, the even one low."""
+    pair = x.view("<u2")  # bits 0..3 and 8..11 are neighbours of the first half, 4..7 and 12..15 of the second
+    first, second = (pair & 0x0F) | (pair >> 4 & 0xF0), (pair >> 4 & 0x0F) | (pair >> 8 & 0xF0)
+    return np.concatenate((first, second), axis=-1, dtype=np.uint8, casting="unsafe")
+
+
+def _low_and_fifth(x: np.ndarray, qh: np.ndarray) -> np.ndarray:
+    """int8 codes 0..31 [B, 32]: nibbles [B, 16] as above, and bit i of qh's little-endian 32 on top of code i."""
+    fifth = np.unpackbits(qh, axis=1, bitorder="little")
+    return (np.concatenate((x & 15, x >> 4), axis=1) | fifth << 4).view(np.int8)
+
+
+def _q4_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _nibbles(x[:, 2:]), _half(x[:, :2])
+
+
+def _q4_1(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _nibbles(x[:, 4:]), _half(x[:, :2]), _half(x[:, 2:4])
+
+
+def _q5_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _low_and_fifth(x[:, 6:], x[:, 2:6]) - np.int8(16), _half(x[:, :2])
+
+
+def _q5_1(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _low_and_fifth(x[:, 8:], x[:, 4:8]), _half(x[:, :2]), _half(x[:, 2:4])
+
+
+def _q8_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return x[:, 2:].view(np.int8), _half(x[:, :2])
+
+
+def _k_scales(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first 16 bytes of a Q4_K or Q5_K block -> scale and offset, fp32 [B, 8].
+
+    d and dmin in fp16, then 12 bytes s: scale j is s[j] & 63 and minimum j is s[j+4] & 63 for j < 4; for j >= 4 their
+    low four bits are the nibbles of s[j+4] and their high two bits the top bits of s[j-4] and s[j].
+    """
+    d = _half(x[:, :4]).astype(np.float32)
+    s, m, low = x[:, 4:8], x[:, 8:12], x[:, 12:16]
+    scales = np.concatenate((s & 63, (low & 15) | (s >> 6 << 4)), axis=1)
+    minimums = np.concatenate((m & 63, (low >> 4) | (m >> 6 << 4)), axis=1)
+    return d[:, :1] * scales, -(d[:, 1:] * minimums)
+
+
+def _q4_k(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _nibbles(x[:, 16:].reshape(-1, 4, 32)), *_k_scales(x[:, :16])
+
+
+def _q5_k(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    high = x[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [B, 8, 32]
+    q = x[:, 48:].reshape(-1, 4, 1, 32)
+    low = np.concatenate((q & 15, q >> 4), axis=2).reshape(-1, 8, 32)
+    return (low | high << 4).view(np.int8), *_k_scales(x[:, :16])
+
+
+def _q6_k(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    q = x[:, :128].reshape(-1, 2, 1, 64)
+    low = np.concatenate((q & 15, q >> 4), axis=2).reshape(-1, 2, 4, 32)  # [B, half of the block, quarter, element]
+    high = x[:, 128:192].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    codes = (low | high << 4).view(np.int8) - np.int8(32)
+    return codes, _half(x[:, 208:]).astype(np.float32) * x[:, 192:208].view(np.int8)
+
+
+_Unpack = Callable[[np.ndarray], tuple[np.ndarray, ...]]
+_UNPACK: dict[str, tuple[_Unpack, int, int]] = {  # type -> unpack, elements in a block, group_size
+    "Q4_0": (_q4_0, 32, 32), "Q4_1": (_q4_1, 32, 32), "Q5_0": (_q5_0, 32, 32), "Q5_1": (_q5_1, 32, 32),
+    "Q8_0": (_q8_0, 32, 32), "Q4_K": (_q4_k, 256, 32), "Q5_K": (_q5_k, 256, 32), "Q6_K": (_q6_k, 256, 16),
+}  # fmt: skip
