@@ -1,67 +1,21 @@
-"""Tokenizers: encoding against the algorithms' definitions, streaming against decoding, templates in their sandbox."""
+"""Tokenizers from GGUF metadata: encoding against the algorithms' definitions, streaming against decoding."""
 
 import importlib.util
 import itertools
-import json
 import re
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from io_files import TEXT, byte_level, made, sentencepiece, spelled
 
-from pyarch.io import FileError, chat_template
+from pyarch.io import FileError
 from pyarch.io import gguf as gguf_file
 from pyarch.io import tokenizer as tokenizers
-from pyarch.io.gguf import GGUF
 
 pytest.importorskip("tokenizers")
-pytest.importorskip("jinja2")
 pytest.importorskip("gguf")
-
-BYTE_OF = tokenizers._BYTE_OF
-CHAR_OF = {b[0]: c for c, b in BYTE_OF.items()}
-TEXT = "The the cat, the hat; 1234 thé 漢字 🎉 in\n\nthat\t  bath "
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def spelled(text):
-    return "".join(CHAR_OF[b] for b in text.encode())
-
-
-def byte_level(pre="gpt-2", **extra):
-    """A byte-level model: all bytes, a few merges, a control token and a user's token."""
-    pairs = ["t h", "th e", "Ġ the", "a t", "i n", "Ġ a", "Ã ©", "1 2", "12 3", "Ġ Ġ", "Ċ Ċ"]
-    tokens = [CHAR_OF[b] for b in range(256)] + [p.replace(" ", "") for p in pairs] + ["<|im_end|>", "<|x|>", "my cat"]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": pairs, "tokenizer.ggml.token_type": [1] * (len(tokens) - 3) + [3, 3, 4],
-        "tokenizer.ggml.eos_token_id": tokens.index("<|x|>"), "tokenizer.ggml.bos_token_id": tokens.index("<|x|>"),
-    }  # fmt: skip
-    return {k: v for k, v in (metadata | extra).items() if v is not None}
-
-
-def sentencepiece(**extra):
-    """A SentencePiece model: control tokens, byte tokens, letters, pieces with distinct scores."""
-    pieces = ["▁t", "he", "▁the", "at", "▁a", "in", "th", "▁th", "▁▁", "hat", "▁that", "ba", "▁ba", "the"]
-    letters = [*"▁thecainb,;.1234é漢"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *letters, *pieces, "[INST]"]
-    scores = [0.0] * 259 + [-100.0 - i for i in range(len(letters))] + [-1.0 - i for i in range(len(pieces))] + [0.0]
-    types = [2, 3, 3] + [6] * 256 + [1] * (len(letters) + len(pieces)) + [4]
-    metadata = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": types, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }  # fmt: skip
-    return {k: v for k, v in (metadata | extra).items() if v is not None}
-
-
-def made(metadata):
-    return tokenizers.from_gguf(GGUF("model.gguf", (), metadata, {}))
 
 
 def merge_by_rank(symbols, rank):
@@ -255,75 +209,6 @@ def test_broken_sentencepiece_metadata(case):
         made(sentencepiece(**change))
 
 
-# Chat templates
-
-
-MESSAGES = [{"role": "user", "content": "Hi {{ 7 }}"}, {"role": "assistant", "content": "Yo"}]
-
-
-def test_chat():
-    tokenizer = made(byte_level(**{"tokenizer.chat_template": CHATML}))
-    said = "<|im_start|>user\nHi {{ 7 }}<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
-    assert tokenizer.chat(MESSAGES) == said + "<|im_start|>assistant\n"
-    assert tokenizer.chat(MESSAGES, add_generation_prompt=False) == said
-    tokenizer.chat_template = "{{ bos_token }}|{{ eos_token }}|{{ thinking }}|{{ tools is defined }}"
-    assert tokenizer.chat(MESSAGES, thinking=True) == "<|x|>|<|x|>|True|False"
-    with pytest.raises(ValueError, match="has no chat template"):
-        made(byte_level()).chat(MESSAGES)
-    for wrong in ("hi", [{"content": "x"}], [1], None, {"role": "user"}):
-        with pytest.raises(ValueError, match="messages"):
-            tokenizer.chat(wrong)
-    with pytest.raises(ValueError, match="messages: must be plain"):
-        tokenizer.chat([{"role": "user", "content": object()}])
-
-
-def test_templates_have_what_hugging_face_gives_them():
-    template = (
-        "{%- for m in messages %}\n  {%- if loop.index0 == 1 %}{% break %}{% endif %}\n"
-        "{% generation %}{{ m | tojson }}{% endgeneration %}\n{%- endfor %}\n"
-        "  {% if true %}\nY{% endif %}{{ strftime_now('%Y') }}"
-    )
-    text = chat_template.render(template, {"messages": [{"a": "é<"}, {}]})
-    assert text == '{"a": "é<"}Y' + time.strftime("%Y")
-
-
-HOSTILE = {
-    "syntax": ("{% for %}", "TemplateSyntaxError"),
-    "refusal": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    "undefined": ("{{ a.b.c }}", "UndefinedError"),
-    "escape by class": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-    "escape by function": ("{{ raise_exception.__globals__.x }}", "SecurityError|Undefined"),
-    "escape by format": ("{{ '{0.__class__.__init__.__globals__}'.format(messages) }}", "SecurityError"),
-    "escape by attr": ("{{ (messages|attr('__class__')).x }}", "SecurityError|UndefinedError"),
-    "change of messages": ("{{ messages.append(1) }}", "SecurityError"),
-    "recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
-    "big string": ("{{ 'a' * 10**10 }}", "needs more than"),
-    "big padding": ("{{ 'a'|center(10**10) }}", "needs more than"),
-    "big range": ("{{ range(10**9)|list }}", "OverflowError"),
-    "doubling": (
-        "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "needs more than",
-    ),
-    "long output": ("{% for i in range(99999) %}{{ 'abcdefgh' * 1000 }}{% endfor %}", "makes more than"),
-    "endless": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "was stopped|took more than",
-    ),
-    "deep": ("{{ " + "(" * 50_000 + ")" * 50_000 + " }}", "RecursionError|needs more than|was stopped"),
-    "include": ("{% include '/etc/passwd' %}", "TypeError|TemplateNotFound|no loader"),
-    "import": ("{% import 'os' as os %}", "TypeError|TemplateNotFound|no loader"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_templates_are_stopped(case):
-    template, says = HOSTILE[case]
-    started = time.monotonic()
-    with pytest.raises(ValueError, match=f"^chat template: .*({says})"):
-        chat_template.render(template, {"messages": MESSAGES})
-    assert time.monotonic() - started < 2 * chat_template.SECONDS + 1
-
-
 # The real thing, where the package of the demo's weights is installed
 
 
@@ -352,129 +237,3 @@ def test_smollm2():
     assert tokenizer.decode(ids, skip_special=False) == chat
     kinds = [info.type for info in file.infos.values()]
     assert (kinds.count("Q4_1"), kinds.count("Q8_0"), kinds.count("F32")) == (210, 1, 61)
-
-
-# Hugging Face folders
-
-
-def folder(path, metadata, change=None, config=None, **files):
-    """The same tokenizer as the metadata makes, saved as tokenizer.json with what a folder has beside it."""
-    spec = json.loads(made(metadata)._backend.to_str())
-    spaces = metadata["tokenizer.ggml.model"] == "llama"
-    steps = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    byte_steps = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    spec["decoder"] = {"type": "Sequence", "decoders": steps} if spaces else byte_steps
-    (change or (lambda s: None))(spec)
-    (path / "tokenizer.json").write_text(json.dumps(spec))
-    (path / "tokenizer_config.json").write_text(json.dumps(config or {}))
-    for name, content in files.items():
-        (path / name.replace("__", ".")).write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-@pytest.mark.parametrize("metadata", [byte_level(), sentencepiece()], ids=["bytes", "spaces"])
-def test_a_folder_is_the_same_tokenizer(tmp_path, metadata):
-    one, two = made(metadata), tokenizers.from_folder(folder(tmp_path, metadata))
-    for text in (TEXT, "", " a", "<|im_end|></s>"):
-        ids = one.encode(text, add_bos=False)
-        assert two.encode(text) == ids
-        assert two.decode(ids) == one.decode(ids)
-        assert two._backend.decode(ids) == one.decode(ids)  # the package's own decoder
-    assert one.vocab_size == two.vocab_size
-
-
-def test_what_a_folder_says_beside_the_tokenizer(tmp_path):
-    def change(spec):
-        single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
-        spec["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": single,
-            "pair": single,
-            "special_tokens": special,
-        }
-        spec["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-        padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
-        spec["padding"] = padding | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
-
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "{{ eos_token }}{{ bos_token }}"}
-    path = folder(tmp_path, sentencepiece(), change, config, generation_config__json={"eos_token_id": [2, 5]})
-    tokenizer = tokenizers.from_folder(path)
-    assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.eos_ids) == (1, True, {2, 5})
-    ids = tokenizer.encode("the hat in the bath")
-    assert ids[0] == 1
-    assert tokenizer.decode(ids) == "the hat in the bath"  # neither cut nor padded
-    assert tokenizer.chat(MESSAGES) == "</s><s>"
-    (path / "chat_template.jinja").write_text("own file")
-    assert tokenizers.from_folder(path).chat(MESSAGES) == "own file"
-    config["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
-    (path / "chat_template.jinja").unlink()
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert tokenizers.from_folder(path).chat(MESSAGES) == "yes"
-
-
-def put(part, value):
-    return lambda spec: spec.update({part: value})
-
-
-FOLDERS = {
-    "model": (put("model", {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}), "'Unigram' is not supported"),
-    "no model": (put("model", None), "has no model"),
-    "model a list": (put("model", [1]), "has no model"),
-    "normalizer": (put("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "'Precompiled'"),
-    "nested": (
-        put("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "BertPreTokenizer"}]}),
-        "'BertPreTokenizer'",
-    ),
-    "no decoder": (put("decoder", None), "decoder None"),
-    "wordpiece": (put("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}), "'WordPiece'"),
-    "vocabulary": (lambda spec: spec["model"].update(vocab={"a": -1}), "is no tokenizer"),
-    "merges": (lambda spec: spec["model"].update(merges=[["no", "such"]]), "is no tokenizer"),
-    "pattern": (
-        put("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
-        "is no tokenizer",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_broken_folders(tmp_path, case):
-    change, says = FOLDERS[case]
-    with pytest.raises(FileError, match="tokenizer.json: .*" + re.escape(says)):
-        tokenizers.from_folder(folder(tmp_path, byte_level(), change))
-
-
-def test_a_pattern_that_would_hang_is_refused(tmp_path):
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]
-    change = put("pre_tokenizer", {"type": "Sequence", "pretokenizers": steps})
-    tokenizer = tokenizers.from_folder(folder(tmp_path, byte_level(), change))
-    started = time.monotonic()
-    with pytest.raises(ValueError, match=r"text: cannot be tokenized: .*retry-limit"):
-        tokenizer.encode("a" * 50 + "b")
-    assert time.monotonic() - started < 10
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"[]", "must hold a JSON object"),
-        (b"\xff{}", "not valid JSON"),
-        (b'{"a":' * 100_000, "not valid JSON"), (b'{"a":' * 70 + b"1" + b"}" * 70, "nested more than 64"),
-        (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"), (b"{}" + b" " * (64 << 20), "larger than"),
-    ],
-)  # fmt: skip
-def test_bad_json(tmp_path, content, says):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(FileError, match=f"tokenizer.json: .*{says}"):
-        tokenizers.from_folder(tmp_path)
-
-
-def test_no_folder(tmp_path):
-    with pytest.raises(FileError, match=r"tokenizer\.json: no such file"):
-        tokenizers.from_folder(tmp_path)

@@ -12,7 +12,8 @@ from .gguf import GGUF
 
 MAX_PIECE = 512  # characters of a SentencePiece token: all its splits are looked up
 
-# How words are cut before BPE, as each model's own tokenizer.json says; without a pattern, as GPT-2's (the package's own default).
+# How words are cut before BPE, as each model's own tokenizer.json says; without a pattern as GPT-2's, the default of
+# the tokenizers package.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
