@@ -1,0 +1,38 @@
+"""tune_allocator: keep large temporaries in the process instead of asking the kernel for them anew on every call."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+_NEVER = (1 << 31) - 1  # the largest value mallopt takes
+_THRESHOLDS = (1 << 30, 32 << 20)  # glibc before 2.34 refuses more than 32 MiB
+
+
+def tune_allocator() -> bool:
+    """Raises glibc's thresholds for the whole process; returns whether it did.
+
+    By default glibc gives every freed block above 128 KiB (at most 32 MiB, it adapts) back to the kernel, which then
+    zeroes each page of the next one at its first touch. PyTorch's CPU operators allocate their results that way, so
+    most of the time of a memory-bound operator on large tensors goes into page faults: F.rms_norm of 128x4096 float32
+    takes 2.1 ms before this call and 0.18 ms after it, 12 times less, and silu(x) * x 9 times. Call it once, at the
+    start of a program that runs models.
+
+    The price: memory that was freed stays with the process for its next allocations, and is not seen as free by
+    others. Every part of the process is affected, which is why importing pyarch never does it.
+
+    Returns False, having changed nothing, where the C library is not glibc or refuses (macOS, Windows, musl, another
+    malloc in its place).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  (musl has a mallopt-free malloc and no such symbol)
+        mallopt = library.mallopt
+    except (OSError, AttributeError):
+        return False
+    if not any(mallopt(_M_MMAP_THRESHOLD, size) for size in _THRESHOLDS):
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
