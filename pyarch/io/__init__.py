@@ -9,9 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 MAX_DEPTH = 64  # of nested JSON values
 
@@ -41,26 +45,70 @@ def regular_file(path: str | os.PathLike) -> Path:
     return path
 
 
+def stamp(file: BinaryIO) -> tuple[int, ...]:
+    """What tells that a file is still the one whose header was checked."""
+    s = os.fstat(file.fileno())
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+
+@contextmanager
+def reopened(path: str, known: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """The file again, unbuffered, if its stamp is as known.
+
+    Files are read, not mapped: a file that shrinks under a memory map kills the process.
+    """
+    with open(regular_file(path), "rb", buffering=0) as file:
+        if stamp(file) != known:
+            raise FileError(path, "changed since it was opened")
+        yield file
+
+
+def fill(path: str, file: BinaryIO, target: np.ndarray) -> None:
+    """Reads the next target.nbytes bytes into a contiguous array."""
+    view = memoryview(target.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    while len(view):
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise FileError(path, "shrank while it was read")
+        view = view[count:]
+
+
+def read_small(path: str | os.PathLike, max_bytes: int) -> bytes:
+    """The content of a regular file of at most max_bytes."""
+    with open(regular_file(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size  # asked first: read(n) allocates n bytes whatever the file has
+        if size > max_bytes:
+            raise FileError(path, f"has {size} bytes; at most {max_bytes} are read")
+        return file.read(size)
+
+
 def read_json(path: str | os.PathLike, max_bytes: int) -> dict[str, Any]:
     """The object in a JSON file of at most max_bytes, nested at most MAX_DEPTH deep."""
-    path = regular_file(path)
-    with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise FileError(path, f"is larger than the {max_bytes} bytes allowed")
+    return parse_json(path, read_small(path, max_bytes))
+
+
+def parse_json(path: str | os.PathLike, data: bytes, what: str = "") -> dict[str, Any]:
+    """A JSON object nested at most MAX_DEPTH deep, no key twice; `what` says which part of the file it is."""
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as e:  # a bad number, text or nesting too
-        raise FileError(path, f"is not valid JSON: {e}") from None
+        raise FileError(path, f"{what}is not valid JSON: {e}") from None
     if not isinstance(value, dict):
-        raise FileError(path, f"must hold a JSON object, not {type(value).__name__}")
+        raise FileError(path, f"{what}must be a JSON object, not {type(value).__name__}")
     level: list[dict | list] = [value]
     depth = 0
     while level := [v for parent in level for v in _children(parent) if isinstance(v, (dict, list))]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise FileError(path, f"is nested more than {MAX_DEPTH} deep")
+            raise FileError(path, f"{what}is nested more than {MAX_DEPTH} deep")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError(f"key {next(k for k, v in pairs if made[k] is not v)!r} occurs twice")
+    return made
 
 
 def _children(value: dict | list) -> Any:

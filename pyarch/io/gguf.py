@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from ..quantized import QuantizedTensor
-from . import FileError, regular_file, require
+from . import FileError, fill, regular_file, reopened, require, stamp
 
 MAX_RANK = 4
 MAX_DEPTH = 4  # arrays in arrays
@@ -67,9 +67,9 @@ class GGUF:
     tensors    mapping of tensor name to torch.Tensor or QuantizedTensor on the CPU, read and converted at each access
     """
 
-    def __init__(self, path: str, stamp: tuple, metadata: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
+    def __init__(self, path: str, known: tuple, metadata: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
         self.path, self.metadata, self.infos = path, metadata, infos
-        self.tensors: Mapping[str, torch.Tensor | QuantizedTensor] = _Tensors(path, stamp, infos)
+        self.tensors: Mapping[str, torch.Tensor | QuantizedTensor] = _Tensors(path, known, infos)
 
     def __repr__(self) -> str:
         return f"GGUF({self.path!r}, {len(self.metadata)} entries, {len(self.infos)} tensors)"
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike) -> GGUF:
     with open(path, "rb") as file:
         header = _Header(path, file)
         metadata, infos = header.read()
-        return GGUF(path, _stamp(file), metadata, infos)
+        return GGUF(path, stamp(file), metadata, infos)
 
 
 class _Header:
@@ -205,8 +205,8 @@ class _Header:
 class _Tensors(Mapping):
     """Tensors by name. Each access opens the file and reads that tensor; nothing is kept."""
 
-    def __init__(self, path: str, stamp: tuple, infos: dict[str, TensorInfo]) -> None:
-        self._path, self._stamp, self._infos = path, stamp, infos
+    def __init__(self, path: str, known: tuple, infos: dict[str, TensorInfo]) -> None:
+        self._path, self._known, self._infos = path, known, infos
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
@@ -224,24 +224,13 @@ class _Tensors(Mapping):
             raise FileError(self._path, f"tensor {name!r} is of type {info.type}; supported are {have}")
         if info.type in _UNPACK and len(info.shape) != 2:
             raise FileError(self._path, f"tensor {name!r} is {info.type} of shape {info.shape}; only matrices can be")
-        # Unbuffered reads, not a memory map: a file that shrinks under a map kills the process.
-        with open(regular_file(self._path), "rb", buffering=0) as file:
-            if _stamp(file) != self._stamp:
-                raise FileError(self._path, "changed since it was opened")
+        with reopened(self._path, self._known) as file:
             file.seek(info.offset)
             return self._plain(file, info) if info.type in _PLAIN else self._quantized(file, name, info)
 
-    def _fill(self, file: BinaryIO, target: np.ndarray) -> None:
-        view = memoryview(target.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        while len(view):
-            count = file.readinto(view)  # type: ignore[attr-defined]
-            if not count:
-                raise FileError(self._path, "shrank while it was read")
-            view = view[count:]
-
     def _plain(self, file: BinaryIO, info: TensorInfo) -> torch.Tensor:
         tensor = torch.empty(info.shape, dtype=_PLAIN[info.type])
-        self._fill(file, tensor.view(-1).view(torch.uint8).numpy())
+        fill(self._path, file, tensor.view(-1).view(torch.uint8).numpy())
         return tensor
 
     def _quantized(self, file: BinaryIO, name: str, info: TensorInfo) -> QuantizedTensor:
@@ -254,7 +243,7 @@ class _Tensors(Mapping):
         for at in range(0, n, rows):
             m = min(rows, n - at)
             blocks = buffer[: m * row].reshape(m * (k // block), -1)
-            self._fill(file, blocks)
+            fill(self._path, file, blocks)
             piece = [torch.from_numpy(a.reshape(m, -1)) for a in unpack(blocks)]
             if not all(np.isfinite(t.numpy()).all() for t in piece[1:]):
                 raise FileError(self._path, f"tensor {name!r} has a scale that is not finite: corrupt")
@@ -262,11 +251,6 @@ class _Tensors(Mapping):
             for whole, part in zip(parts, piece, strict=True):
                 whole.numpy()[at : at + m] = part.numpy()
         return QuantizedTensor(parts[0], parts[1], k, group, offset=parts[2] if len(parts) == 3 else None)
-
-
-def _stamp(file: BinaryIO) -> tuple:
-    s = os.fstat(file.fileno())
-    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
 
 
 # Each of these takes the bytes of B blocks, uint8 [B, block bytes], and gives (codes, scale) or (codes, scale, offset).

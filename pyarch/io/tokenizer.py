@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from . import FileError, read_json, regular_file, require
+from . import FileError, read_json, read_small, require
 from .bpe import CONTROL, UNKNOWN, USER, Metadata, byte_level, foreign, sentencepiece
 from .chat_template import render
 from .gguf import GGUF
@@ -286,8 +286,7 @@ def _content(token: Any) -> str | None:
 def _folder_template(folder: Path, config: dict) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        with open(regular_file(file), "rb") as f:
-            return f.read(4 * MAX_TEMPLATE + 1).decode("utf-8", errors="replace")
+        return read_small(file, MAX_TEMPLATE).decode("utf-8", errors="replace")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
