@@ -8,6 +8,8 @@ PYARCH_SANITIZE  1: AddressSanitizer and UBSan in the CPU libraries (make saniti
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,17 +66,65 @@ def cpu_extensions() -> list[Extension]:
     ]
 
 
+def cuda_home() -> Path | None:
+    """The toolkit: CUDA_HOME, the usual place, or around the nvcc on PATH, if it has the headers."""
+    nvcc = shutil.which("nvcc")
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parent.parent):
+        if home and (Path(home) / "include/cuda_runtime.h").exists() and (Path(home) / "bin/nvcc").exists():
+            return Path(home)
+    return None
+
+
+def cuda_extensions() -> list[Extension]:
+    asked, home = os.environ.get("PYARCH_CUDA", "auto"), cuda_home()
+    if asked not in ("auto", "0", "1"):
+        sys.exit(f"PYARCH_CUDA is {asked!r}; it can be auto, 0 or 1")
+    if asked == "0" or (asked == "auto" and (home is None or torch.version.cuda is None)):
+        return []
+    if home is None:
+        sys.exit("PYARCH_CUDA=1 needs a CUDA toolkit with nvcc; CUDA_HOME can name it")
+    cpp_extension.CUDA_HOME = str(home)
+    archs = [a.removeprefix("sm_") for a in os.environ.get("PYARCH_CUDA_ARCH", "80;90a").split(";") if a]
+    ext = extension(
+        "pyarch._cuda",
+        sources("csrc/cuda", ".cpp", ".cu"),
+        ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-DUSE_CUDA", TARGET],
+        ["-Wl,-z,defs", "-s"],
+        ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl"],
+    )
+    ext.extra_compile_args["nvcc"] = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+    ext.extra_compile_args["nvcc"] += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    ext.include_dirs.append(str(home / "include"))
+    ext.library_dirs.append(str(home / "lib64"))
+    return [ext]
+
+
+def torch_cuda_stub(folder: Path) -> str:
+    """A stand-in for torch's libtorch_cuda with what csrc/cuda uses of it, so that a CPU torch can link too.
+
+    The name is what counts: where the library is loaded, torch has loaded the real one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "torch_cuda.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void **stream) { return 1; }\n")
+    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+    subprocess.check_call([*command, "-o", str(folder / "libtorch_cuda.so"), str(source)])
+    return str(folder)
+
+
 class Build(cpp_extension.BuildExtension):
     """Gives every extension its own object folder: the CPU libraries compile the same sources with other flags."""
 
     def build_extension(self, ext: Extension) -> None:
         kept = self.build_temp
         self.build_temp = str(Path(kept) / ext.name)
+        if "torch_cuda" in ext.libraries:
+            ext.library_dirs.insert(0, torch_cuda_stub(Path(self.build_temp)))
         try:
             super().build_extension(ext)
         finally:
             self.build_temp = kept
 
 
-setup(ext_modules=cpu_extensions(), cmdclass={"build_ext": Build},
+setup(ext_modules=cpu_extensions() + cuda_extensions(), cmdclass={"build_ext": Build},
       options={"bdist_wheel": {"py_limited_api": "cp310"}})  # fmt: skip

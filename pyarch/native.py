@@ -10,7 +10,6 @@ the Triton one calls kernels/<op>.py, which is imported on first use, so that `i
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -55,20 +54,17 @@ else:
     _no_cuda = _load("_cuda")
 
 
-@functools.cache
-def _no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    if not (torch.version.cuda or arch.interpreting()):
-        return "this torch is built without CUDA (TRITON_INTERPRET=1 interprets the kernels, for tests)"
-    return None
+if importlib.util.find_spec("triton") is None:
+    _no_triton: str | None = "triton is not installed: pip install triton"
+elif not (torch.version.cuda or arch.interpreting()):
+    _no_triton = "this torch is built without CUDA (TRITON_INTERPRET=1 interprets the kernels, for tests)"
+else:
+    _no_triton = None
 
 
 def unavailable(backend: str) -> str | None:
     """Why a backend ('cpu', 'cuda', 'triton', 'reference') cannot run in this process; None if it can."""
-    if backend == "triton":
-        return _no_triton()
-    return {"cpu": _no_cpu, "cuda": _no_cuda, "reference": None}[backend]
+    return {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "reference": None}[backend]
 
 
 def missing(name: str, backend: str) -> str | None:

@@ -291,7 +291,7 @@ def _attention_fake(
 
 KV_APPEND = Op(
     "kv_append",
-    {"cpu": Limits("cpu", unless=_inference)},
+    {"cpu": Limits("cpu", unless=_inference), "cuda": Limits("cuda", capability=(8, 0), unless=_inference)},
     check_append,
     "on the reference: in-place indexing in PyTorch",
 )

@@ -145,13 +145,29 @@ def _no_act_order_int8(facts: Facts) -> str | None:
     return None
 
 
-LIMITS = {"cpu": Limits("cpu", unless=_no_act_order_int8)}
+def _not_in_triton(facts: Facts) -> str | None:
+    if facts["group_size"] != -1 and (facts["group_size"] < 32 or facts["group_size"] % 32):
+        return f"takes group_size -1 or a multiple of 32, not {facts['group_size']}"
+    return None
+
+
+LIMITS = {
+    "cpu": Limits("cpu", unless=_no_act_order_int8),
+    "triton": Limits(
+        "cuda",
+        dtypes=(torch.bfloat16, torch.float16),
+        allowed={"g_idx": (False,), "act_bits": (None,)},
+        capability=(8, 0),
+        unless=_not_in_triton,
+    ),
+}
 QUANT_MATMUL = Op("quant_matmul", LIMITS, check, "for x and bias, through the dequantised weight in PyTorch operations")
 define(
     "quant_matmul",
     "(Tensor x, Tensor q, Tensor scale, Tensor? zero, Tensor? offset, Tensor? g_idx, Tensor? bias,"
     " int group_size, int act_bits, int activation, float slope) -> Tensor",
     _fake,
+    triton="quant_matmul:forward",
 )
 
 OPS = {quant_matmul: QUANT_MATMUL}

@@ -1,0 +1,90 @@
+// The thin layer that CUDA kernels are written against: nvcc maps it to instructions, the host emulator
+// (csrc/emu/emu.h, g++ -DPYARCH_EMU) to fibers that check every access.
+//
+//   Global<T>, Shared<T>   pointers to global and shared memory: p[i], p + i; int64 indices
+//   shared<T>(byte)        the block's dynamic shared memory from that byte on
+//   load16, store16        16 bytes at an aligned address, as one access
+//   cp16, commit, wait<N>  asynchronous copy of 16 bytes, global to shared; a group; all but the N newest
+//   groups done sync                   barrier of the block shfl_xor, shfl_down    exchange within a full
+//   warp atomic_add             returns the value before launch(kernel, grid, block, shared bytes, stream,
+//   arguments...) -> nullptr, or what CUDA says is wrong
+#pragma once
+
+#include <cstdint>
+
+#if defined(PYARCH_EMU)
+#include "emu.h"
+#else
+
+#include <cuda_runtime.h>
+
+#define PYARCH_KERNEL __global__ void
+#define PYARCH_DEVICE __device__ __forceinline__
+
+namespace pyarch {
+
+template <class T>
+using Global = T*;
+template <class T>
+using Shared = T*;
+using Bytes16 = uint4;
+using Stream = cudaStream_t;
+
+template <class T>
+PYARCH_DEVICE Shared<T> shared(int64_t byte = 0) {
+  extern __shared__ __align__(128) unsigned char block_memory[];
+  return reinterpret_cast<T*>(block_memory + byte);
+}
+
+template <class T>
+PYARCH_DEVICE Bytes16 load16(const T* p) {
+  return *reinterpret_cast<const Bytes16*>(p);
+}
+template <class T>
+PYARCH_DEVICE void store16(T* p, Bytes16 value) {
+  *reinterpret_cast<Bytes16*>(p) = value;
+}
+
+template <class T>
+PYARCH_DEVICE void cp16(Shared<T> to, Global<const T> from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+PYARCH_DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+PYARCH_DEVICE void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+PYARCH_DEVICE void sync() { __syncthreads(); }
+template <class T>
+PYARCH_DEVICE T shfl_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffff, value, mask);
+}
+template <class T>
+PYARCH_DEVICE T shfl_down(T value, int lanes) {
+  return __shfl_down_sync(0xffffffff, value, lanes);
+}
+template <class T>
+PYARCH_DEVICE T atomic_add(T* p, T value) {
+  return atomicAdd(p, value);
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+                   Arguments... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace pyarch
+#endif

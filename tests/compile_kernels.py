@@ -1,0 +1,172 @@
+"""Compiles every GPU kernel for sm_80 and sm_90 without a GPU and holds what it costs against the recorded table.
+
+    python tests/compile_kernels.py            compile and compare; exits with 1 where a kernel got dearer
+    python tests/compile_kernels.py --record   compile and write tests/compile_kernels.json
+
+Triton kernels go through their own host functions, on CPU tensors, under a driver that loads and launches nothing: what
+is compiled is what a GPU would run, specialisations included. CUDA kernels are compiled by nvcc, where there is one.
+
+A kernel fails if it spills, if its shared memory does not fit the chip, or if it needs more registers or shared memory
+than the table says for this compiler. A compiler that the table does not know is held to the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+TABLE = Path(__file__).with_suffix(".json")
+CSRC = Path(__file__).parent.parent / "csrc"
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # what a block can have, by compute capability
+Costs = dict[str, int]  # registers a thread, bytes spilled a thread, bytes of shared memory a block
+
+
+def quant_matmul_calls() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """One call for each shape of tile that config_for knows, in each weight format whose code differs."""
+    from pyarch.kernels import quant_matmul
+
+    n = k = 4096
+    for m, bits, group, zero, dtype in [
+        *((m, bits, 128, zero, torch.bfloat16) for m in (1, 64, 2048) for bits in (4, 8) for zero in (None, "uint8")),
+        *((m, 4, 32, "float32", torch.bfloat16) for m in (1, 64, 2048)),
+        *((m, 8, -1, None, torch.bfloat16) for m in (1, 64, 2048)),
+        (32, 4, 128, None, torch.bfloat16),
+        (2048, 4, 128, None, torch.float16),
+    ]:
+        q = torch.empty((n, k * bits // 8), dtype=torch.uint8 if bits == 4 else torch.int8)
+        scale = torch.empty((n, 1 if group == -1 else k // group), dtype=dtype)
+        zeros = None if zero is None else torch.empty_like(scale, dtype=getattr(torch, zero))
+        x, bias = torch.empty((m, k), dtype=dtype), torch.empty(n, dtype=dtype)
+        label = f"m{m} int{bits} g{group} zero={zero} {dtype}".replace("torch.", "")
+        arguments = (x, q, scale, zeros, None, None, bias, group, 0, 2, 0.0)
+        yield label, lambda arguments=arguments: quant_matmul.forward(*arguments)
+
+
+TRITON = {"quant_matmul": quant_matmul_calls}
+
+
+class NullDriver:
+    """A Triton driver for a GPU that is not there: kernels are compiled and handed to `built`, then not launched."""
+
+    def __init__(self, arch: int, built: Callable[[str, bytes, int], None]):
+        def load(name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+            built(name, binary, shared)
+            return 0, 0, 0, 0, 1024  # module, function, registers, spills, threads a block can have
+
+        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+        self.get_current_device = lambda: arch  # Triton keeps its compiled kernels by device
+        self.get_current_stream = lambda device: 0
+        self.launcher_cls = lambda source, metadata: lambda *args: None
+        self.utils = SimpleNamespace(
+            load_binary=load,
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 30},
+        )
+
+
+def triton_kernels(folder: Path) -> Iterator[tuple[str, Costs]]:
+    for arch in SHARED:
+        built: list[tuple[str, bytes, int]] = []
+        triton.runtime.driver.set_active(NullDriver(arch, lambda *kernel, to=built: to.append(kernel)))
+        for op, calls in TRITON.items():
+            for label, call in calls():
+                built.clear()
+                call()
+                for name, binary, shared in built:
+                    cubin = folder / "triton.cubin"
+                    cubin.write_bytes(binary)
+                    yield f"{op} {name} {label} sm_{arch}", {**costs(cubin)[name], "shared": shared}
+
+
+def cuda_kernels(folder: Path, nvcc: str) -> Iterator[tuple[str, Costs]]:
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        for arch in SHARED:
+            cubin, target = folder / "cuda.cubin", f"{arch}a" if arch == 90 else str(arch)
+            flags = ["-O3", "-std=c++17", f"-I{CSRC / 'include'}", "-cubin"]
+            flags += [f"-gencode=arch=compute_{target},code=sm_{target}"]
+            subprocess.run([nvcc, *flags, "-o", str(cubin), str(source)], check=True)
+            for name, cost in sorted(costs(cubin).items()):
+                yield f"{source.stem} {_demangled(name)} sm_{arch}", cost
+
+
+def costs(binary: Path) -> dict[str, Costs]:
+    """What each kernel of a cubin costs."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    dump = subprocess.run([tool, "--dump-resource-usage", str(binary)], capture_output=True, check=True, text=True)
+    found = {}
+    for name, usage in re.findall(r"Function (\S+):\n\s*(.*)", dump.stdout):
+        value = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", usage)}
+        # The stack holds spills, and arrays that did not fit into registers: traffic to local memory either way.
+        found[name] = {"registers": value["REG"], "spills": value["STACK"] + value["LOCAL"], "shared": value["SHARED"]}
+    return found
+
+
+def _demangled(name: str) -> str:
+    return subprocess.run(["c++filt", "-p", name], capture_output=True, check=True, text=True).stdout.strip()
+
+
+def compile_all() -> dict[str, dict[str, Costs]]:
+    """{compiler and version: {kernel and architecture: costs}}."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {f"triton {_version(triton.__version__)}": dict(triton_kernels(Path(folder)))}
+        if nvcc := shutil.which("nvcc"):
+            text = subprocess.run([nvcc, "--version"], capture_output=True, check=True, text=True).stdout
+            found[f"nvcc {_version(text.split('release ')[1])}"] = dict(cuda_kernels(Path(folder), nvcc))
+    return found
+
+
+def _version(text: str) -> str:
+    return ".".join(re.findall(r"\d+", text)[:2])
+
+
+def faults(found: dict[str, dict[str, Costs]], table: dict[str, dict[str, Costs]]) -> list[str]:
+    """What is wrong with what was compiled, one line each."""
+    wrong = []
+    for compiler, kernels in found.items():
+        recorded = table.get(compiler)
+        for kernel, cost in kernels.items():
+            arch = int(kernel.rpartition("sm_")[2])
+            if cost["spills"]:
+                wrong.append(f"{kernel} ({compiler}): spills {cost['spills']} bytes")
+            if cost["shared"] > SHARED[arch]:
+                wrong.append(f"{kernel} ({compiler}): {cost['shared']} bytes of shared memory do not fit sm_{arch}")
+            if recorded is not None and kernel not in recorded:
+                wrong.append(f"{kernel} ({compiler}): not in {TABLE.name}; --record adds it")
+            for what in ("registers", "shared") if recorded and kernel in recorded else ():
+                if cost[what] > recorded[kernel][what]:
+                    wrong.append(f"{kernel} ({compiler}): {what} {cost[what]}, recorded {recorded[kernel][what]}")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compiles every GPU kernel and compares its costs with the table.")
+    parser.add_argument("--record", action="store_true", help=f"write {TABLE.name} instead of comparing")
+    record = parser.parse_args().record
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    found = compile_all()
+    for compiler, kernels in found.items():
+        known = "" if compiler in table or record else f", which {TABLE.name} does not know: spills and size only"
+        print(f"{compiler}: {len(kernels)} kernels{known}")
+        for kernel, cost in kernels.items():
+            print(f"  {kernel}: " + ", ".join(f"{value} {what}" for what, value in cost.items()))
+    wrong = faults(found, {} if record else table)
+    print(*wrong, sep="\n")
+    if record and not wrong:
+        TABLE.write_text(json.dumps({**table, **found}, indent=1, sort_keys=True) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
