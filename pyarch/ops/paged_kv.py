@@ -163,7 +163,7 @@ def paged_attention_reference(
         weights = torch.where(lse[..., None] == -math.inf, 0.0, torch.exp(scores - lse[..., None]))
         outs.append(torch.einsum("hrk,khd->rhd", weights[..., : high - low], values).to(q.dtype))
         lses.append(lse.T)
-    return torch.cat(outs), torch.cat(lses).float()
+    return torch.cat(outs), torch.cat(lses)
 
 
 def check_lengths(starts: list[int], lens: list[int], total: int, capacity: int) -> None:
@@ -295,7 +295,12 @@ KV_APPEND = Op(
     check_append,
     "on the reference: in-place indexing in PyTorch",
 )
-PAGED_ATTENTION = Op("paged_attention", {}, check, "on the reference: the kernels are for inference")
+PAGED_ATTENTION = Op(
+    "paged_attention",
+    {"cpu": Limits("cpu", unless=_inference)},
+    check,
+    "on the reference: the kernels are for inference",
+)
 define(
     "kv_append",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",

@@ -1,0 +1,120 @@
+// Vector steps that attention needs beyond vec.h: sums of many vectors at once, dot products in the operand's
+// own type, the softmax of a row of scores.
+#pragma once
+
+#include "vec.h"
+
+namespace pyarch {
+
+// Lane i is the sum of the lanes of a[i]: a transposition by halves that adds as it goes, in one fixed tree.
+inline F sum_each(const F a[W]) {
+#if defined(__AVX512F__)
+  F x[4];
+  for (int i = 0; i < 4; ++i) {
+    const F* b = a + 4 * i;
+    const __m512 p = _mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
+    const __m512 r = _mm512_add_ps(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3]));
+    const __m512d pd = _mm512_castps_pd(p), rd = _mm512_castps_pd(r);
+    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pd, rd)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(pd, rd)));
+  }
+  const F y = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x44), _mm512_shuffle_f32x4(x[0], x[1], 0xee));
+  const F z = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x44), _mm512_shuffle_f32x4(x[2], x[3], 0xee));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(y, z, 0x88), _mm512_shuffle_f32x4(y, z, 0xdd));
+#elif defined(__AVX2__)
+  F x[2];
+  for (int i = 0; i < 2; ++i) {
+    const F* b = a + 4 * i;
+    const __m256 p = _mm256_add_ps(_mm256_unpacklo_ps(b[0], b[1]), _mm256_unpackhi_ps(b[0], b[1]));
+    const __m256 r = _mm256_add_ps(_mm256_unpacklo_ps(b[2], b[3]), _mm256_unpackhi_ps(b[2], b[3]));
+    const __m256d pd = _mm256_castps_pd(p), rd = _mm256_castps_pd(r);
+    x[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(pd, rd)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(pd, rd)));
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
+#else
+  F r;
+  for (int i = 0; i < W; ++i) r[i] = (a[i][0] + a[i][2]) + (a[i][1] + a[i][3]);
+  return r;
+#endif
+}
+
+// How a cache of T is multiplied with q: in fp32, or bf16 pairs where the machine has them (products exact).
+template <class T>
+struct Dot {
+  using Q = float;  // q's type in scratch
+  using V = F;
+  static constexpr int lanes = W;
+  static V load(const float* p) { return pyarch::load(p); }
+  template <class U>
+  static V load(const U* p) {
+    return pyarch::load(p);
+  }
+  template <class U>
+  static V load(const U* p, int n) {
+    return pyarch::load(p, n);
+  }
+  static F add(F acc, V a, V b) { return fma(a, b, acc); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<bf16> {
+  using Q = bf16;
+  using V = __m512bh;
+  static constexpr int lanes = 32;
+  static V load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static V load(const bf16* p, int n) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+  }
+  static F add(F acc, V a, V b) { return _mm512_dpbf16_ps(acc, a, b); }
+};
+#endif
+
+// tanh with a relative error under 4e-7: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+inline F tanh_lanes(F x) {
+  const F z = x * x, ax = abs(x);
+  F p = set1(-5.70498872745e-3f);
+  p = fma(p, z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const F small = fma(p * z, x, x);
+  const F far = set1(1.0f) - set1(2.0f) / (exp(ax + ax) + set1(1.0f));
+  float s[W], f[W], v[W];
+  store(s, small), store(f, far), store(v, x);
+  for (int i = 0; i < W; ++i)
+    if (std::fabs(v[i]) >= 0.625f || v[i] != v[i]) s[i] = std::copysign(f[i], v[i]);
+  return load(s);
+}
+
+// Scores to base-2 logits in place: scale, and softcap where it is not 0.
+inline void to_logits(float* s, int64_t n, float scale, float softcap) {
+  constexpr float log2e = 1.44269504088896341f;
+  if (softcap == 0.0f) {
+    const F k = set1(scale * log2e);
+    for (int64_t i = 0; i < n; i += W) store(s + i, load(s + i) * k);
+    return;
+  }
+  const F in = set1(scale / softcap), out = set1(softcap * log2e);
+  for (int64_t i = 0; i < n; i += W) store(s + i, tanh_lanes(load(s + i) * in) * out);
+}
+
+inline float row_max(const float* s, int64_t n) {
+  F m = set1(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < n; i += W) m = max(m, load(s + i));
+  return hmax(m);
+}
+
+// s = 2^(s - m), and the sum over all; lane i of the sum takes positions i, i + W, ...
+inline float exp2_and_sum(float* s, int64_t n, float m) {
+  const F shift = set1(m);
+  F sum = zero();
+  for (int64_t i = 0; i < n; i += W) {
+    const F p = exp2(load(s + i) - shift);
+    store(s + i, p);
+    sum = sum + p;
+  }
+  return hsum(sum);
+}
+
+}  // namespace pyarch
