@@ -311,7 +311,8 @@ def _compile(suite: Suite, backend: str, dtype: torch.dtype) -> None:
     targets: set[str] = set()
 
     def keep(graph, _):
-        targets.update(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("pyarch."))
+        for n in graph.graph.nodes:  # an operator that writes to its arguments is the first argument of a wrapper
+            targets.update(str(t) for t in (n.target, *n.args[:1]) if str(t).startswith("pyarch."))
         return make_boxed_func(graph.forward)
 
     op = functools.partial(suite.op, backend=backend)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 import pyarch
 
@@ -59,7 +59,6 @@ class Cache(RuleBasedStateMachine):
         self.cache.free(handle)
         del self.model[handle]
         self.freed.append(handle)
-        return multiple()
 
     @rule()
     def refuse_the_freed(self):

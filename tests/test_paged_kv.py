@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from pyarch.testing import Refused, Sample, checks, same
 
 import pyarch
 from pyarch.ops.paged_kv import CASES, paged_attention_reference
+from pyarch.testing import Refused, Sample, checks, same
 
 ALL = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -185,7 +185,7 @@ def test_reference_is_sdpas(dtype):
     arguments, dense = paged([37, 5, 64], 8, 2, 16, dtype)
     rows = [4, 5, 1]
     q = torch.randn(sum(rows), 6, 16, dtype=dtype)
-    out, _ = paged_attention_reference(q, *arguments, cu_seqlens_q=starts(rows))
+    out = paged_attention_reference(q, *arguments, cu_seqlens_q=starts(rows))
     for first, n, (k, v) in zip(starts(rows).tolist(), rows, dense, strict=False):
         mask = torch.arange(len(k)) <= torch.arange(len(k) - n, len(k))[:, None]
         theirs = torch.nn.functional.scaled_dot_product_attention(

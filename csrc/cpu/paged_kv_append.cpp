@@ -94,7 +94,8 @@ void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
     PYARCH_CHECK(x->dim() == 3 && x->size(0) == tokens && x->size(1) == kc.heads && x->size(2) == kc.dim,
                  name, ": must be (T, heads, head_dim) as slot_mapping and k_cache say");
     PYARCH_CHECK(x->scalar_type() == k_cache.scalar_type(), name, ": must have k_cache's dtype");
-    PYARCH_CHECK(kc.dim == 1 || x->stride(2) == 1, name, ": the last dimension must be contiguous");
+    PYARCH_CHECK(kc.dim == 1 || tokens == 0 || x->stride(2) == 1, name,
+                 ": the last dimension must be contiguous");
     PYARCH_CHECK(!touches(kc, *x) && !touches(vc, *x), name, ": must not share memory with the caches");
   }
   const int64_t* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());

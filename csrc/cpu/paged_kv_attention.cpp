@@ -157,7 +157,8 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
   PYARCH_CHECK(q.dim() == 3 && q.size(2) == a.k.dim && q.size(1) > 0 && q.size(1) % a.k.heads == 0 &&
                    q.scalar_type() == k_cache.scalar_type(),
                "q: must be (rows, a multiple of k_cache's heads, head_dim) of k_cache's dtype");
-  PYARCH_CHECK(a.k.dim == 1 || q.stride(2) == 1, "q: the last dimension must be contiguous");
+  PYARCH_CHECK(a.k.dim == 1 || q.size(0) == 0 || q.stride(2) == 1,
+               "q: the last dimension must be contiguous");
   PYARCH_CHECK(block_table.dim() == 2 && block_table.scalar_type() == ScalarType::Int,
                "block_table: must be int32 (B, n)");
   const int64_t total = q.size(0), batch = block_table.size(0);

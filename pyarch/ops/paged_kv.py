@@ -106,13 +106,12 @@ def paged_attention(
     facts = check(q, k_cache, v_cache, block_table, seq_lens, **options)
     chosen = PAGED_ATTENTION.choose(backend, facts)
     if chosen == "reference":
-        out, lse = paged_attention_reference(q, k_cache, v_cache, block_table, seq_lens, **options)
-    else:
-        left, right = (-1, -1) if window is None else window
-        out, lse = operator("paged_attention", chosen)(
-            _rows(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right, softcap,
-            q.shape[-1] ** -0.5 if scale is None else scale,
-        )  # fmt: skip
+        return paged_attention_reference(q, k_cache, v_cache, block_table, seq_lens, return_lse=return_lse, **options)
+    left, right = (-1, -1) if window is None else window
+    out, lse = operator("paged_attention", chosen)(
+        _rows(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right, softcap,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -129,8 +128,9 @@ def paged_attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in plain PyTorch, sequence by sequence: (out, lse), differentiable, any device and dtype."""
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in plain PyTorch, sequence by sequence: differentiable, any device and dtype."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     heads, head_dim = q.shape[1:]
     pages, page_size, kv_heads = k_cache.shape[:3]
@@ -163,7 +163,7 @@ def paged_attention_reference(
         weights = torch.where(lse[..., None] == -math.inf, 0.0, torch.exp(scores - lse[..., None]))
         outs.append(torch.einsum("hrk,khd->rhd", weights[..., : high - low], values).to(q.dtype))
         lses.append(lse.T)
-    return torch.cat(outs), torch.cat(lses)
+    return (torch.cat(outs), torch.cat(lses)) if return_lse else torch.cat(outs)
 
 
 def check_lengths(starts: list[int], lens: list[int], total: int, capacity: int) -> None:
