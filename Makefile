@@ -43,13 +43,13 @@ $(ENV)/ready-torch-$(TORCH): pyproject.toml
 	@command -v c++ >/dev/null || { echo "pyarch: needs a C++ compiler (Debian: apt-get install g++)"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(ENV)
 	$(PIP) install torch==$(TORCH) $(if $(WHEEL_INDEX),--index-url $(WHEEL_INDEX)) 'setuptools>=77' wheel ninja
-	$(PIP) install --no-build-isolation -e '.[dev]' 'torch==$(TORCH)'
+	PYARCH_CPU_ISA= PYARCH_CUDA=0 $(PIP) install --no-build-isolation -e '.[dev]' torch==$(TORCH)
 	@rm -f $(ENV)/ready-torch-*
 	@touch $@
 
 $(BUILT): $(READY) $(SOURCES)
-	$(PY) setup.py -q build_ext --inplace
 	@mkdir -p $(@D)
+	$(PY) setup.py -q build_ext --inplace > $(@D)/build.log 2>&1 || { cat $(@D)/build.log; exit 1; }
 	@touch $@
 
 build: $(BUILT)  ## the native libraries, in place

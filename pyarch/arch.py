@@ -49,14 +49,19 @@ def cpu_model() -> str:
     return "unknown CPU"
 
 
+def asked_cpu_isa() -> str | None:
+    """The CPU library that PYARCH_CPU_ISA names; None where the best is taken."""
+    return os.environ.get("PYARCH_CPU_ISA") or None
+
+
 def cpu_isas() -> list[str]:
     """The CPU libraries this machine can run, best first; PYARCH_CPU_ISA narrows them to one.
 
     Raises RuntimeError if the switch names an unknown library or one this CPU cannot run.
     """
     able = [isa for isa, flags in CPU_ISAS.items() if flags <= cpu_flags()]
-    asked = os.environ.get("PYARCH_CPU_ISA")
-    if not asked:
+    asked = asked_cpu_isa()
+    if asked is None:
         return able
     if asked not in able:
         raise RuntimeError(f"PYARCH_CPU_ISA is {asked!r}; this machine can run {able}")

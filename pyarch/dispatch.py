@@ -23,6 +23,7 @@ Facts = Mapping[str, Any]
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyarch_backend", default="auto")
 _forced_in_graphs = "auto"  # the same for torch.compile, which cannot read a ContextVar but guards on a global
+_blocks: dict[object, str] = {}  # the use_backend blocks open in the process, oldest first
 _log = logging.getLogger("pyarch")
 _warned: set[str] = set()
 
@@ -105,13 +106,14 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced_in_graphs
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"name: {name!r} is not one of auto, {', '.join(BACKENDS)}")
-    token, before = _forced.set(name), _forced_in_graphs
-    _forced_in_graphs = name
+    token, block = _forced.set(name), object()
+    _blocks[block] = _forced_in_graphs = name
     try:
         yield
     finally:
         _forced.reset(token)
-        _forced_in_graphs = before
+        del _blocks[block]  # blocks of several tasks end in any order
+        _forced_in_graphs = next(reversed(_blocks.values()), "auto")
 
 
 def backends() -> dict[str, str | None]:

@@ -85,7 +85,7 @@ def _advice() -> list[str]:
     best = next(iter(arch.cpu_isas()), None)
     if native.cpu_isa not in (None, best):
         advice.append(f"cpu: the {best} library would be faster than {native.cpu_isa} and is not built: make build")
-    if asked := os.environ.get("PYARCH_CPU_ISA"):
+    if asked := arch.asked_cpu_isa():
         advice.append(f"cpu: PYARCH_CPU_ISA={asked} chooses the library; unset it to get the best")
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         advice.append("cuda, triton: there is a GPU driver, but this torch is built for the CPU: install a CUDA build")
