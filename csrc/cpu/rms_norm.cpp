@@ -37,6 +37,8 @@ void row(const T* s, const TW* weight, float inverse, T* y, int64_t n) {
   }
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, std::optional<Tensor> residual, double eps) {
   PYARCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: must be contiguous [rows, n]");
   const int64_t rows = x.size(0), n = x.size(1);
@@ -69,8 +71,6 @@ std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, std::optional<Tenso
   });
   return {y, sum};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyarch, CPU, m) { m.impl("rms_norm__cpu", TORCH_BOX(&rms_norm)); }
 

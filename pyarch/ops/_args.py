@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,3 +34,13 @@ def shape(name: str, value: torch.Tensor, *sizes: int) -> None:
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record a call with these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def contiguous(t: Any) -> Any:
+    """The tensor (or None), copied only if it is not contiguous."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def row_contiguous(t: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied only if its last dimension is not contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
