@@ -39,7 +39,7 @@ def extension(name: str, files: list[str], flags: list[str], link: list[str], li
     includes = [str(ROOT.resolve() / "csrc/include"), *cpp_extension.include_paths()]
     ext = Extension(name, files, include_dirs=includes, library_dirs=[lib], libraries=libraries, language="c++",
                     extra_compile_args={"cxx": flags}, extra_link_args=link, py_limited_api=True)  # fmt: skip
-    ext.depends = sources("csrc/include", ".h") + sources("csrc/cuda", ".h")
+    ext.depends = sources("csrc/include", ".h") + sources("csrc/cpu", ".h") + sources("csrc/cuda", ".h")
     return ext
 
 

@@ -1,0 +1,302 @@
+"""flash_attention: exact attention in memory linear in the sequence.
+
+    s = scale * q @ k.T                     scale: 1 / sqrt(D) unless given
+    s = softcap * tanh(s / softcap)         if softcap > 0
+    s = s + bias - alibi_slopes * |i + Sk - Sq - j|
+    out = softmax(s over the keys that row i sees) @ v;   lse = log(sum(exp(s)))
+
+    q             (B, H, Sq, D)      float32, bfloat16 or float16, any strides; float64 on the reference only
+    k             (B, Hkv, Sk, D)    like q; H is a multiple of Hkv, and head h reads key head h // (H / Hkv)
+    v             (B, Hkv, Sk, Dv)   like q
+    sinks         (H)                q's dtype or float32: one more logit per head, without a value
+    bias          broadcastable to (B, H, Sq, Sk); q's dtype or float32; never expanded in memory
+    mask          broadcastable to (B, H, Sq, Sk); bool, True keeps
+    alibi_slopes  (H) or (B, H)      q's dtype or float32
+    returns       out (B, H, Sq, Dv) like q; with return_lse also lse (B, H, Sq) float32
+
+Row i stands at position p = i + Sk - Sq of the keys (aligned at the bottom right). It sees the keys from p - left to
+p + right of window=(left, right), where -1 is unbounded, and with causal none after p. A row that sees no key gives 0,
+and its lse is the sink's logit, -inf without one. lse is natural and includes the sink. A score of -inf is a key that
+is not seen; what k and v hold must be finite even there.
+
+Packed sequences: B is 1 and cu_seqlens_q, cu_seqlens_k are int32 (n + 1), rising from 0 to Sq and Sk; rows of sequence
+b are cu[b] to cu[b+1] - 1, positions count within it, and alibi_slopes may be (n, H). bias and mask stay (1, H, Sq, Sk).
+
+Scores, softmax and sums are fp32 and out is rounded once; products of bf16 inputs are bf16 dot products, for which the
+probabilities are rounded to bf16. On the CPU a row is bitwise the same for any batch and any number of threads.
+Gradients, of lse too: through the reference, in memory quadratic in the sequence; not twice.
+Errors: TypeError or ValueError naming the argument. Not supported: dropout.
+Dao et al., FlashAttention, 2022; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..dispatch import Facts, Limits, Op
+from ..native import define, operator
+from . import _args, _attention
+
+TENSORS = ("q", "k", "v", "sinks", "bias", "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention of (B, H, S, D) tensors without the matrix of scores; see the module's text.
+
+    Raises TypeError or ValueError naming the argument; ValueError if the named backend cannot run the call.
+    """
+    options = dict(causal=causal, window=window, softcap=softcap, scale=scale)
+    tensors = (q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+    facts = check(**dict(zip(TENSORS, tensors, strict=True)), **options)
+    chosen = FLASH_ATTENTION.choose(backend, facts)
+    if chosen == "reference":
+        out, lse = _reference(tensors, options)
+    elif _args.needs_grad(q, k, v, sinks, bias, alibi_slopes):
+        out, lse = _FlashAttention.apply(chosen, options, *tensors)
+    else:
+        out, lse = _run(chosen, tensors, options)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The definition, in plain PyTorch in float32 (float64 for float64): differentiable, any device and dtype."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // max(k.shape[1], 1)
+    keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
+    scores = q.to(wide) @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    sequence, away = _positions(q.shape[2], k.shape[2], cu_seqlens_q, cu_seqlens_k, q.device)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(wide)
+        if slopes.dim() == 1:
+            slopes = slopes[:, None, None]
+        elif cu_seqlens_q is None:
+            slopes = slopes[:, :, None, None]
+        else:
+            slopes = slopes.T[:, sequence, None]
+        scores = scores - slopes * away.abs()
+    left, right = _attention.window(window, causal)
+    seen = away.abs() < OTHER_SEQUENCE
+    if left >= 0:
+        seen = seen & (away >= -left)
+    if right >= 0:
+        seen = seen & (away <= right)
+    if mask is not None:
+        seen = seen & mask
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), -1)
+    elif scores.shape[-1] == 0:
+        scores = torch.nn.functional.pad(scores, (0, 1), value=float("-inf"))
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    out = (weights[..., : k.shape[2]] / total) @ values
+    if not return_lse:
+        return out.to(q.dtype)
+    lse = (top + total.log()).masked_fill(nothing, float("-inf")).squeeze(-1)
+    return out.to(q.dtype), lse.float()
+
+
+OTHER_SEQUENCE = 2**40  # further away than any key
+
+
+def _positions(rows: int, keys: int, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None, device: torch.device):
+    """(sequence of each row, or None; how far each key lies after each row's position, (rows, keys))."""
+    i, j = torch.arange(rows, device=device)[:, None], torch.arange(keys, device=device)
+    if cu_q is None or cu_k is None:
+        return None, j - (i + keys - rows)
+    if not torch.compiler.is_compiling():
+        for name, cu, total in (("cu_seqlens_q", cu_q, rows), ("cu_seqlens_k", cu_k, keys)):
+            if cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any()):
+                raise ValueError(f"{name}: must rise from 0 to {total}, not {cu.tolist()}")
+    sequence_i, sequence_j = (torch.bucketize(x, cu, right=True) - 1 for x, cu in ((i, cu_q), (j, cu_k)))
+    end_q, end_k = (cu[1:].long() for cu in (cu_q, cu_k))
+    own = i - end_q[sequence_i] + end_k[sequence_i]
+    return sequence_i[:, 0], torch.where(sequence_i == sequence_j, j - own, OTHER_SEQUENCE)
+
+
+def check(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window: Any = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    bias: Any = None,
+    mask: Any = None,
+    alibi_slopes: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    return_lse: bool = False,
+) -> Facts:
+    """Checks the arguments and returns the facts that dispatch compares with LIMITS."""
+    _args.tensor("q", q, rank=4)
+    if not q.is_floating_point():
+        raise TypeError(f"q: dtype must be floating, not {q.dtype}")
+    batch, heads, rows, head_dim = q.shape
+    if head_dim == 0:
+        raise ValueError(f"q: head size must be at least 1, not shape {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        _args.tensor(name, x, rank=4, dtypes=(q.dtype,), device=q.device)
+    kv_heads, keys = k.shape[1:3]
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(f"k: its {kv_heads} heads must divide q's {heads}")
+    _args.shape("k", k, batch, kv_heads, keys, head_dim)
+    _args.shape("v", v, batch, kv_heads, keys, v.shape[3])
+    if v.shape[3] == 0:
+        raise ValueError(f"v: head size must be at least 1, not shape {tuple(v.shape)}")
+    _attention.window(window)
+    _attention.scaling(softcap, scale)
+    floats = (q.dtype, torch.float32)
+    if sinks is not None:
+        _args.tensor("sinks", sinks, rank=1, dtypes=floats, device=q.device)
+        _args.shape("sinks", sinks, heads)
+    for name, x, dtypes in (("bias", bias, floats), ("mask", mask, (torch.bool,))):
+        if x is not None:
+            _args.tensor(name, x, dtypes=dtypes, device=q.device)
+            full = (batch, heads, rows, keys)
+            if x.dim() > 4 or any(n not in (1, m) for n, m in zip(x.shape[::-1], full[::-1], strict=False)):
+                raise ValueError(f"{name}: must broadcast to {full}, not shape {tuple(x.shape)}")
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q: both or neither of cu_seqlens_q and cu_seqlens_k must be given")
+    if cu_seqlens_q is not None:
+        for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            _args.tensor(name, x, rank=1, dtypes=(torch.int32,), device=q.device)
+            _args.shape(name, x, max(cu_seqlens_q.shape[0], 1))
+        if batch != 1:
+            raise ValueError(f"q: with cu_seqlens_q its batch must be 1, not shape {tuple(q.shape)}")
+    if alibi_slopes is not None:
+        _args.tensor("alibi_slopes", alibi_slopes, dtypes=floats, device=q.device)
+        sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        if alibi_slopes.dim() != 1:
+            _args.shape("alibi_slopes", alibi_slopes, sequences, heads)
+        else:
+            _args.shape("alibi_slopes", alibi_slopes, heads)
+    return {"device": q.device.type, "dtype": q.dtype, "head_dim": head_dim, "value_dim": v.shape[3]}
+
+
+def _reference(tensors: tuple, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    return flash_attention_reference(**dict(zip(TENSORS, tensors, strict=True)), **options, return_lse=True)  # type: ignore[return-value]
+
+
+def _run(backend: str, tensors: tuple, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
+    full = (*q.shape[:3], k.shape[2])
+    left, right = _attention.window(options["window"], options["causal"])
+    return operator("flash_attention", backend)(
+        q, k, v,
+        None if sinks is None else sinks.float().contiguous(),
+        None if bias is None else bias.expand(full),
+        None if mask is None else mask.expand(full),
+        None if slopes is None else slopes.float().contiguous(),
+        None if cu_q is None else cu_q.contiguous(),
+        None if cu_k is None else cu_k.contiguous(),
+        left, right, options["softcap"], q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"],
+    )  # fmt: skip
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, options, *tensors):
+        ctx.options = options
+        ctx.save_for_backward(*tensors)
+        return _run(backend, tensors, options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_lse):
+        wanted = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            tensors = tuple(
+                t if t is None else t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)
+            )
+            results = _reference(tensors, ctx.options)
+            inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
+            found = iter(torch.autograd.grad(results, inputs, (d_out, d_lse)))
+        return None, None, *(next(found) if w else None for w in wanted)
+
+
+def _fake(q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, softcap, scale):
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+LIMITS = {"cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)})}
+FLASH_ATTENTION = Op("flash_attention", LIMITS, check, "through the reference: quadratic memory, once differentiable")
+define(
+    "flash_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? alibi_slopes,"
+    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right, float softcap, float scale) -> (Tensor, Tensor)",
+    _fake,
+)
+
+OPS = {flash_attention: FLASH_ATTENTION}
+CASES = {
+    "smollm2-prompt": dict(batch=1, heads=9, kv_heads=3, rows=512, keys=512, head_dim=64, causal=True),
+    "bert-base-512": dict(batch=1, heads=12, kv_heads=12, rows=512, keys=512, head_dim=64, causal=False),
+    "h8-d64-512-causal": dict(batch=1, heads=8, kv_heads=8, rows=512, keys=512, head_dim=64, causal=True),
+    "h16-d128-512-causal": dict(batch=1, heads=16, kv_heads=16, rows=512, keys=512, head_dim=128, causal=True),
+    "h8-d64-512": dict(batch=1, heads=8, kv_heads=8, rows=512, keys=512, head_dim=64, causal=False),
+    "h16-d128-1024": dict(batch=1, heads=16, kv_heads=16, rows=1024, keys=1024, head_dim=128, causal=False),
+    "h8-d64-2048": dict(batch=1, heads=8, kv_heads=8, rows=2048, keys=2048, head_dim=64, causal=False),
+    "h8-d128-8192": dict(batch=1, heads=8, kv_heads=8, rows=8192, keys=8192, head_dim=128, causal=False),
+}
+
+
+def flops(case: dict) -> int:
+    """Multiplications and additions of both products, over the pairs that causal leaves."""
+    rows, keys = case["rows"], case["keys"]
+    pairs = sum(max(0, min(keys, i + 1 + keys - rows)) for i in range(rows)) if case["causal"] else rows * keys
+    return 4 * case["batch"] * case["heads"] * pairs * case["head_dim"]
+
+
+def bytes_moved(case: dict, dtype: torch.dtype) -> int:
+    """q, k, v and out once."""
+    rows = 2 * case["heads"] * case["rows"] + 2 * case["kv_heads"] * case["keys"]
+    return case["batch"] * rows * case["head_dim"] * dtype.itemsize
