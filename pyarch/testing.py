@@ -292,7 +292,7 @@ def _hostile(args: tuple) -> Iterator[tuple[str, int, Any]]:
                     i,
                     torch.cat((value, value), d)[(slice(None),) * d + (slice(None, None, 2),)],
                 )
-            if not value.is_floating_point():
+            if not value.is_floating_point() and value.dtype != torch.bool:
                 for number in (-1, -2, torch.iinfo(value.dtype).max, torch.iinfo(value.dtype).min):
                     if number >= torch.iinfo(value.dtype).min:
                         yield f"full of {number}", i, torch.full_like(value, number)

@@ -87,7 +87,7 @@ class Task {
       const bool whole = high[0] >= j0 + padded - 1 && low[kLanes - 1] <= j0;
       if (!whole || c.softcap > 0 || c.bias || c.mask || c.slopes) adjust(j0, keys, padded, most);
       const int even = static_cast<int>(round_up(keys, kPer));
-      soften<kPer == 1, R>(scores, even, most, maximum, total, decay);
+      soften<R>(scores, even, most, maximum, total, decay);
       Dot::template pack_probabilities<R>(scores, even);
       const Word* v = load_values(j0, keys, &ld);
       accumulate<Dot, R>(scores, v, ld, columns, even / kPer, decay, out);

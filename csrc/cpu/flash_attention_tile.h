@@ -39,24 +39,16 @@ inline F select(Mask m, F x, F y) {
   return m ? x : y;
 }
 
-// 2^x for x <= 0 (and NaN); 0 for -infinity; exactly 1 for 0. Relative error 1e-7, or 3e-6 if not `Precise`.
-template <bool Precise>
+// 2^x for x <= 0 (and NaN); 0 for -infinity; exactly 1 for 0. Relative error 1e-7.
 inline F exp2_nonpositive(F x) {
 #if defined(__AVX512F__)
   constexpr __mmask16 kAll = 0xffff;  // the forms without a mask make GCC 12 warn of its own header
-  const F r = _mm512_maskz_reduce_ps(
-      kAll, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x), 0 for -infinity
-  F p;
-  if constexpr (Precise) {
-    p = fma(set1(1.867130305e-3f), r, set1(9.017029824e-3f));
-    p = fma(p, r, set1(5.579991346e-2f));
-    p = fma(p, r, set1(0.2401644501f));
-    p = fma(p, r, set1(0.6931513118f));
-  } else {
-    p = fma(set1(1.342668633e-2f), r, set1(5.224247092e-2f));
-    p = fma(p, r, set1(0.2412802063f));
-    p = fma(p, r, set1(0.6930448447f));
-  }
+  const F r =
+      _mm512_maskz_reduce_ps(kAll, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x), 0 for -inf
+  F p = fma(set1(1.867130305e-3f), r, set1(9.017029824e-3f));
+  p = fma(p, r, set1(5.579991346e-2f));
+  p = fma(p, r, set1(0.2401644501f));
+  p = fma(p, r, set1(0.6931513118f));
   return _mm512_maskz_scalef_ps(kAll, fma(p, r, set1(1.0f)), x);  // scalef takes the floor itself
 #else
   return exp2(x);
@@ -166,20 +158,20 @@ void score(const float* q, const Word* k, int64_t ld, int keys, int depth, float
 
 // One step of the online softmax: scores become P = 2^(score - maximum), the running maximum and sum take the
 // block in, and decay[r] is what everything accumulated before must be multiplied with.
-template <bool Precise, int R>
+template <int R>
 void soften(float* scores, int keys, const F (&most)[R], F (&maximum)[R], F (&total)[R], F (&decay)[R]) {
   F origin[R], sum[R];
   for (int r = 0; r < R; ++r) {
     const F now = max(maximum[r], most[r]);
     origin[r] = select(now == set1(-kInf), zero(), now);  // no key yet: -inf - 0, not -inf - -inf
-    decay[r] = exp2_nonpositive<Precise>(maximum[r] - origin[r]);
+    decay[r] = exp2_nonpositive(maximum[r] - origin[r]);
     maximum[r] = now;
     sum[r] = zero();
   }
   for (int j = 0; j < keys; ++j)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F p = exp2_nonpositive<Precise>(load(scores + j * R * W + r * W) - origin[r]);
+      const F p = exp2_nonpositive(load(scores + j * R * W + r * W) - origin[r]);
       sum[r] = sum[r] + p;
       store(scores + j * R * W + r * W, p);
     }

@@ -12,29 +12,30 @@
     bias          broadcastable to (B, H, Sq, Sk); q's dtype or float32; never expanded in memory
     mask          broadcastable to (B, H, Sq, Sk); bool, True keeps
     alibi_slopes  (H) or (B, H)      q's dtype or float32
-    returns       out (B, H, Sq, Dv) like q; with return_lse also lse (B, H, Sq) float32
+    returns       out (B, H, Sq, Dv) like q; with return_lse also lse (B, H, Sq) float32 (float64 for float64)
 
 Row i stands at position p = i + Sk - Sq of the keys (aligned at the bottom right). It sees the keys from p - left to
 p + right of window=(left, right), where -1 is unbounded, and with causal none after p. A row that sees no key gives 0,
 and its lse is the sink's logit, -inf without one. lse is natural and includes the sink. A score of -inf is a key that
 is not seen; what k and v hold must be finite even there.
 
-Packed sequences: B is 1 and cu_seqlens_q, cu_seqlens_k are int32 (n + 1), rising from 0 to Sq and Sk; rows of sequence
-b are cu[b] to cu[b+1] - 1, positions count within it, and alibi_slopes may be (n, H). bias and mask stay (1, H, Sq, Sk).
+Packed sequences: B is 1 and cu_seqlens_q, cu_seqlens_k are int32 (n + 1), rising from 0 to Sq and Sk. The rows of
+sequence b are cu[b] to cu[b+1] - 1, positions count within it, and alibi_slopes may be (n, H); bias and mask remain
+(1, H, Sq, Sk).
 
 Scores, softmax and sums are fp32 and out is rounded once; products of bf16 inputs are bf16 dot products, for which the
 probabilities are rounded to bf16. On the CPU a row is bitwise the same for any batch and any number of threads.
-Gradients, of lse too: through the reference, in memory quadratic in the sequence; not twice.
+Gradients, of lse too: the reference's formulas, in memory quadratic in the sequence, and twice differentiable.
 Errors: TypeError or ValueError naming the argument. Not supported: dropout.
 Dao et al., FlashAttention, 2022; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator
@@ -65,12 +66,12 @@ def flash_attention(
 
     Raises TypeError or ValueError naming the argument; ValueError if the named backend cannot run the call.
     """
-    options = dict(causal=causal, window=window, softcap=softcap, scale=scale)
+    options: dict[str, Any] = dict(causal=causal, window=window, softcap=softcap, scale=scale)
     tensors = (q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
-    facts = check(**dict(zip(TENSORS, tensors, strict=True)), **options)
-    chosen = FLASH_ATTENTION.choose(backend, facts)
+    named: dict[str, Any] = options | dict(zip(TENSORS, tensors, strict=True))
+    chosen = FLASH_ATTENTION.choose(backend, check(**named))
     if chosen == "reference":
-        out, lse = _reference(tensors, options)
+        out, lse = flash_attention_reference(**named, return_lse=True)
     elif _args.needs_grad(q, k, v, sinks, bias, alibi_slopes):
         out, lse = _FlashAttention.apply(chosen, options, *tensors)
     else:
@@ -96,25 +97,39 @@ def flash_attention_reference(
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain PyTorch in float32 (float64 for float64): differentiable, any device and dtype."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[1] // max(k.shape[1], 1)
-    keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
-    scores = q.to(wide) @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    options: dict[str, Any] = dict(causal=causal, window=window, softcap=softcap, scale=scale)
+    weights = _weights(options, q, k, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+    out = (weights.p @ _wide(v, q.shape[1])).to(q.dtype)
+    return (out, weights.lse) if return_lse else out
+
+
+class _Weights(NamedTuple):
+    """What the reference and the gradients share, float32 or float64."""
+
+    p: torch.Tensor  # (B, H, Sq, Sk) probabilities
+    p_sink: torch.Tensor  # (B, H, Sq) of the sink, 0 without one
+    lse: torch.Tensor  # (B, H, Sq)
+    capped: torch.Tensor  # (B, H, Sq, Sk) scores before bias, ALiBi and masks
+    away: torch.Tensor  # (Sq, Sk) how far a key lies after the row's position; far for another sequence's
+    sequence: torch.Tensor | None  # (Sq) of each row, if packed
+
+
+def _weights(options: dict[str, Any], q, k, sinks, bias, mask, alibi_slopes, cu_q, cu_k) -> _Weights:
+    keys, scale, softcap = _wide(k, q.shape[1]), _scale(options, q), options["softcap"]
+    scores = capped = q.to(keys.dtype) @ keys.transpose(-1, -2) * scale
     if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = capped = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    sequence, away = _positions(q.shape[2], k.shape[2], cu_seqlens_q, cu_seqlens_k, q.device)
+    sequence, away = _positions(q.shape[2], k.shape[2], cu_q, cu_k, q.device)
     if alibi_slopes is not None:
-        slopes = alibi_slopes.to(wide)
-        if slopes.dim() == 1:
-            slopes = slopes[:, None, None]
-        elif cu_seqlens_q is None:
-            slopes = slopes[:, :, None, None]
+        slopes = alibi_slopes.to(keys.dtype)
+        if slopes.dim() == 2 and sequence is not None:
+            slopes = slopes[sequence].T[:, :, None]
         else:
-            slopes = slopes.T[:, sequence, None]
+            slopes = slopes[..., None, None]
         scores = scores - slopes * away.abs()
-    left, right = _attention.window(window, causal)
+    left, right = _attention.window(options["window"], options["causal"])
     seen = away.abs() < OTHER_SEQUENCE
     if left >= 0:
         seen = seen & (away >= -left)
@@ -122,23 +137,27 @@ def flash_attention_reference(
         seen = seen & (away <= right)
     if mask is not None:
         seen = seen & mask
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, sink), -1)
-    elif scores.shape[-1] == 0:
-        scores = torch.nn.functional.pad(scores, (0, 1), value=float("-inf"))
+    sink = scores.new_full((1, 1, 1, 1), -math.inf) if sinks is None else sinks.to(keys.dtype)[:, None, None]
+    scores = torch.cat((scores.masked_fill(~seen, -math.inf), sink.expand(*scores.shape[:3], 1)), -1)
     top = scores.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    p = torch.exp(scores - top)
+    total = p.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1.0)
-    out = (weights[..., : k.shape[2]] / total) @ values
-    if not return_lse:
-        return out.to(q.dtype)
-    lse = (top + total.log()).masked_fill(nothing, float("-inf")).squeeze(-1)
-    return out.to(q.dtype), lse.float()
+    lse = (top + total.log()).masked_fill(nothing, -math.inf).squeeze(-1)
+    p = p / total
+    return _Weights(p[..., :-1], p[..., -1], lse, capped, away, sequence)
+
+
+def _wide(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """In the dtype of the sums, with every head repeated for its group."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x.repeat_interleave(heads // max(x.shape[1], 1), 1)
+
+
+def _scale(options: dict[str, Any], q: torch.Tensor) -> float:
+    return q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
 
 
 OTHER_SEQUENCE = 2**40  # further away than any key
@@ -151,7 +170,7 @@ def _positions(rows: int, keys: int, cu_q: torch.Tensor | None, cu_k: torch.Tens
         return None, j - (i + keys - rows)
     if not torch.compiler.is_compiling():
         for name, cu, total in (("cu_seqlens_q", cu_q, rows), ("cu_seqlens_k", cu_k, keys)):
-            if cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any()):
+            if len(cu) == 0 or cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any()):
                 raise ValueError(f"{name}: must rise from 0 to {total}, not {cu.tolist()}")
     sequence_i, sequence_j = (torch.bucketize(x, cu, right=True) - 1 for x, cu in ((i, cu_q), (j, cu_k)))
     end_q, end_k = (cu[1:].long() for cu in (cu_q, cu_k))
@@ -222,10 +241,6 @@ def check(
     return {"device": q.device.type, "dtype": q.dtype, "head_dim": head_dim, "value_dim": v.shape[3]}
 
 
-def _reference(tensors: tuple, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    return flash_attention_reference(**dict(zip(TENSORS, tensors, strict=True)), **options, return_lse=True)  # type: ignore[return-value]
-
-
 def _run(backend: str, tensors: tuple, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
     full = (*q.shape[:3], k.shape[2])
@@ -238,7 +253,7 @@ def _run(backend: str, tensors: tuple, options: dict) -> tuple[torch.Tensor, tor
         None if slopes is None else slopes.float().contiguous(),
         None if cu_q is None else cu_q.contiguous(),
         None if cu_k is None else cu_k.contiguous(),
-        left, right, options["softcap"], q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"],
+        left, right, options["softcap"], _scale(options, q),
     )  # fmt: skip
 
 
@@ -250,17 +265,32 @@ class _FlashAttention(torch.autograd.Function):
         return _run(backend, tensors, options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out, d_lse):
-        wanted = ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            tensors = tuple(
-                t if t is None else t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)
-            )
-            results = _reference(tensors, ctx.options)
-            inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
-            found = iter(torch.autograd.grad(results, inputs, (d_out, d_lse)))
-        return None, None, *(next(found) if w else None for w in wanted)
+        q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = ctx.saved_tensors
+        heads, group_of = q.shape[1], (*k.shape[:2], q.shape[1] // max(k.shape[1], 1), k.shape[2])
+        w = _weights(ctx.options, q, k, sinks, bias, mask, slopes, cu_q, cu_k)
+        d_out, d_lse = d_out.to(w.p.dtype), d_lse.masked_fill(w.lse == -math.inf, 0.0)
+        d_p = d_out @ _wide(v, heads).transpose(-1, -2)
+        inner = d_lse - (w.p * d_p).sum(-1)
+        d_s = w.p * (d_p + inner[..., None])
+        d_sinks = None if sinks is None else (w.p_sink * inner).sum((0, 2)).to(sinks.dtype)
+        d_bias = None if bias is None else d_s.sum_to_size(bias.shape).to(bias.dtype)
+        d_slopes = None
+        if slopes is not None:
+            each = -(d_s * w.away.abs()).sum(-1)  # (B, H, Sq)
+            if slopes.dim() == 2 and w.sequence is not None:
+                d_slopes = torch.zeros_like(slopes, dtype=each.dtype).index_add(0, w.sequence, each[0].T)
+            else:
+                d_slopes = each.sum(-1).sum_to_size(slopes.shape)
+            d_slopes = d_slopes.to(slopes.dtype)
+        if ctx.options["softcap"] > 0:
+            d_s = d_s * (1 - (w.capped / ctx.options["softcap"]).square())
+        d_s = d_s * _scale(ctx.options, q)
+        d_q = d_s @ _wide(k, heads)
+        d_k = (d_s.transpose(-1, -2) @ q.to(d_s.dtype)).view(*group_of, k.shape[3]).sum(2)
+        d_v = (w.p.transpose(-1, -2) @ d_out).view(*group_of, v.shape[3]).sum(2)
+        d_qkv = d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+        return None, None, *d_qkv, d_sinks, d_bias, None, d_slopes, None, None
 
 
 def _fake(q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, softcap, scale):
@@ -268,7 +298,12 @@ def _fake(q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, 
 
 
 LIMITS = {"cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)})}
-FLASH_ATTENTION = Op("flash_attention", LIMITS, check, "through the reference: quadratic memory, once differentiable")
+FLASH_ATTENTION = Op(
+    "flash_attention",
+    LIMITS,
+    check,
+    "the reference's formulas in PyTorch operations: memory quadratic, twice differentiable",
+)
 define(
     "flash_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? alibi_slopes,"
