@@ -86,7 +86,7 @@ class Guarded:
         base = torch.zeros(2 * guard + span + shift, dtype=t.dtype, device=t.device)
         base.view(torch.uint8).fill_(1 if t.dtype == torch.bool else 0xFF)
         view = base.as_strided(t.shape, strides, guard + shift)
-        once = [1 if s == 0 else n for n, s in zip(t.shape, strides, strict=True)]  # an expanded dimension is one
+        once = [min(n, 1) if s == 0 else n for n, s in zip(t.shape, strides, strict=True)]  # expanded: one
         first = tuple(slice(n) for n in once)
         view.as_strided(once, strides).copy_(t.detach()[first])
         outside = torch.ones_like(base, dtype=torch.bool)
