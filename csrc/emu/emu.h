@@ -1,0 +1,148 @@
+// CUDA kernels on the host: what csrc/cuda/device.h means to g++ (-DPYARCH_EMU). It proves indexing, barriers
+// and the order of asynchronous copies; it says nothing of time, bank conflicts or matrix instructions.
+//
+//   block     one at a time, in random order; its dynamic shared memory starts as 0xff bytes (NaN)
+//   thread    a fiber; barriers, shuffles, atomics and some accesses hand over to a random other one
+//   access    through Checked pointers: outside its allocation, or misaligned, it ends the launch
+//   cp16      lands at a random time between its issue and the wait for its group
+//   deadlock  threads that wait for others that never come end the launch
+//
+// What a kernel does depends on the seed alone. Run it under several: a missing barrier shows in the results.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#define PYARCH_KERNEL void
+#define PYARCH_DEVICE inline
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // those of the fiber that runs
+
+namespace pyarch {
+namespace emu {
+
+struct Region;                           // an allocation that the kernel may touch
+const Region* region_of(const void* p);  // the one that p lies in, or nullptr
+const Region* shared_region();           // the running block's shared memory
+unsigned char* shared_base();
+void touch(const Region* region, const void* p, size_t bytes, size_t alignment);  // checks one access
+void barrier();
+uint64_t shuffle(uint64_t value, int from_lane);
+int lane();
+void yield();
+void copy16(void* to, const void* from);
+void commit_group();
+void wait_groups(int newest);  // until all groups but the newest ones have landed
+const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+// A pointer that knows its allocation. Making one checks nothing, using it does.
+template <class T>
+class Checked {
+ public:
+  Checked() : p_(nullptr), region_(nullptr) {}
+  Checked(T* p) : p_(p), region_(region_of(p)) {}
+  Checked(T* p, const Region* region) : p_(p), region_(region) {}
+  operator Checked<const T>() const { return {p_, region_}; }
+  T& operator[](int64_t i) const {
+    touch(region_, p_ + i, sizeof(T), alignof(T));
+    return p_[i];
+  }
+  T& operator*() const { return (*this)[0]; }
+  Checked operator+(int64_t i) const { return {p_ + i, region_}; }
+  Checked& operator+=(int64_t i) { return *this = *this + i; }
+  T* wide(size_t bytes) const {  // the address of that many aligned bytes, checked as one access
+    touch(region_, p_, bytes, bytes);
+    return p_;
+  }
+
+ private:
+  T* p_;
+  const Region* region_;
+};
+
+}  // namespace emu
+
+template <class T>
+using Global = emu::Checked<T>;
+template <class T>
+using Shared = emu::Checked<T>;
+struct alignas(16) Bytes16 {
+  uint32_t x, y, z, w;
+};
+using Stream = void*;
+
+template <class T>
+Shared<T> shared(int64_t byte = 0) {
+  return {reinterpret_cast<T*>(emu::shared_base() + byte), emu::shared_region()};
+}
+
+template <class T>
+Bytes16 load16(emu::Checked<T> p) {
+  Bytes16 value;
+  std::memcpy(&value, p.wide(16), 16);
+  return value;
+}
+template <class T>
+void store16(emu::Checked<T> p, Bytes16 value) {
+  std::memcpy(p.wide(16), &value, 16);
+}
+
+template <class T, class U>
+void cp16(emu::Checked<T> to, emu::Checked<U> from) {
+  static_assert(std::is_same<const T, const U>::value, "cp16: copies between pointers to one type");
+  emu::copy16(to.wide(16), from.wide(16));
+}
+inline void commit() { emu::commit_group(); }
+template <int N>
+void wait() {
+  emu::wait_groups(N);
+}
+
+inline void sync() { emu::barrier(); }
+template <class T>
+T shuffle_from(T value, int from_lane) {
+  static_assert(sizeof(T) <= 8, "shuffles exchange up to 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = emu::shuffle(bits, from_lane);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+template <class T>
+T shfl_xor(T value, int mask) {
+  return shuffle_from(value, emu::lane() ^ mask);
+}
+template <class T>
+T shfl_down(T value, int lanes) {  // the last lanes keep their own value, as on the GPU
+  return shuffle_from(value, emu::lane() + lanes < 32 ? emu::lane() + lanes : emu::lane());
+}
+template <class T>
+T atomic_add(emu::Checked<T> p, typename std::remove_const<T>::type value) {
+  emu::yield();
+  T* address = p.wide(sizeof(T));
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
+                   Arguments... arguments) {
+  return emu::run(grid, block, shared_bytes, [=] { kernel(Parameters(arguments)...); });
+}
+
+}  // namespace pyarch
+
+// For the host program, which may be in another language.
+extern "C" {
+void pyarch_emu_seed(uint64_t seed);
+void pyarch_emu_allow(const void* p, uint64_t bytes);  // kernels may touch this allocation
+void pyarch_emu_forget();                              // they may touch none
+}
