@@ -50,7 +50,7 @@ def cpu_extensions() -> list[Extension]:
         sys.exit(f"PYARCH_CPU_ISA names {sorted(unknown)}; this machine can build {list(ISAS)}")
     common = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
               "-ffp-contract=off", "-Wall", "-Werror=return-type", "-Wno-psabi",
-              "-Wno-maybe-uninitialized", TARGET]  # fmt: skip
+              "-Wno-maybe-uninitialized", "-Wno-uninitialized", TARGET]  # fmt: skip
     link = ["-Wl,-z,defs", *(SANITIZE[:1] if sanitize else ["-s"])]
     if sanitize:
         link.remove("-Wl,-z,defs")

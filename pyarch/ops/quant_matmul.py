@@ -9,10 +9,12 @@ Weights are used exactly as the codes say; sums are fp32 (bf16 dot products only
 
 act_bits=8 also rounds the activations to int8, inside the call: one fp32 scale per row and weight group (per row when
 the group is the row), amax / 127, round half to even. It changes answers (about 0.5 % of the output's norm), so it is
-never chosen for you; int8 products are summed exactly in int32 within a group.
+never chosen for you; int8 products are summed exactly in int32 within a group (in fp32 where groups are scattered by
+g_idx or do not fill whole 32-bit words).
 
 On the CPU a row of y is bitwise the same for any M and any number of threads (per CPU library).
-Gradients: for x and bias, through the dequantised weight; the codes have none.
+Gradients: for x and bias, through the dequantised weight, and through act_bits=8 as if it did not round (straight
+through); the codes have none.
 Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023, for the formats.
 """
 
@@ -50,9 +52,11 @@ def quant_matmul(
     if chosen == "reference":
         return quant_matmul_reference(x, weight, bias, activation=activation, act_bits=act_bits)
     if _args.needs_grad(x, bias):
-        # The epilogue stays with autograd: its derivative needs the value before the activation.
-        y = _QuantMatmul.apply(x, weight, act_bits, chosen)
-        return _activation.apply(activation, y if bias is None else (y + bias).to(x.dtype))
+        if bias is None and activation is None:
+            return _QuantMatmul.apply(x, weight, act_bits, chosen)
+        # An epilogue stays with autograd, in float32: its derivative needs the value before the activation.
+        y = _QuantMatmul.apply(x.float(), weight, act_bits, chosen)
+        return _activation.apply(activation, y if bias is None else y + bias.float()).to(x.dtype)
     return _run(chosen, x, weight, bias, activation, act_bits)
 
 
@@ -68,8 +72,8 @@ def quant_matmul_reference(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     operand = x.to(wide)
     if act_bits == 8:
-        codes, scale = quantize_activations(operand, weight)
-        operand = codes * scale
+        codes, scale = quantize_activations(operand.detach(), weight)
+        operand = codes * scale + (operand - operand.detach())  # the gradient passes the rounding unchanged
     y = F.linear(operand, weight.dequantize(wide), None if bias is None else bias.to(wide))
     return _activation.apply(activation, y).to(x.dtype)
 
@@ -112,12 +116,12 @@ def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_
 
 
 def _run(backend: str, x, weight: QuantizedTensor, bias, activation: Activation, act_bits) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((x.shape[:-1].numel(), x.shape[-1]))
     code, slope = _activation.encode(activation)
+    tensors = (weight.q, weight.scale, weight.zero, weight.offset, weight.g_idx, bias)
     y = operator("quant_matmul", backend)(
-        rows, weight.q, weight.scale, weight.zero, weight.offset, weight.g_idx, bias,
-        weight.group_size, act_bits or 0, code, slope,
-    )  # fmt: skip
+        rows, *(None if t is None else t.contiguous() for t in tensors), weight.group_size, act_bits or 0, code, slope
+    )
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -139,12 +143,6 @@ def _fake(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, activati
     return x.new_empty((x.shape[0], q.shape[0]))
 
 
-def _no_act_order_int8(facts: Facts) -> str | None:
-    if facts["g_idx"] and facts["act_bits"]:
-        return "act_bits=8 needs contiguous groups, this weight has g_idx"
-    return None
-
-
 def _not_in_triton(facts: Facts) -> str | None:
     if facts["group_size"] != -1 and (facts["group_size"] < 32 or facts["group_size"] % 32):
         return f"takes group_size -1 or a multiple of 32, not {facts['group_size']}"
@@ -152,7 +150,7 @@ def _not_in_triton(facts: Facts) -> str | None:
 
 
 LIMITS = {
-    "cpu": Limits("cpu", unless=_no_act_order_int8),
+    "cpu": Limits("cpu"),
     "triton": Limits(
         "cuda",
         dtypes=(torch.bfloat16, torch.float16),

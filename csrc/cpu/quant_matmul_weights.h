@@ -1,0 +1,142 @@
+// Weights as they lie in a QuantizedTensor (pyarch/quantized.py), read a panel of kPanel output rows at a
+// time. There is no packed copy: a block of codes is transposed into scratch when it is needed.
+#pragma once
+
+#include "quant_matmul_dot.h"
+#include "tensor.h"
+#include "types.h"
+
+namespace pyarch {
+
+// Rows of bytes of one tensor, [n][row_bytes].
+struct ByteRows {
+  const uint8_t* data;
+  int64_t n, row_bytes;
+};
+
+// The bytes [from, from + count) of kPanel rows from `row` on, as dwords: lane n of out[d][v] is dword d of
+// row row + v * W + n. Writes whole 16 bytes, so up to 3 dwords more than asked for. Rows past the end repeat
+// the last one: their results are not stored.
+inline void transpose_panel(const ByteRows& rows, int64_t row, int64_t from, int64_t count, I* out) {
+  const uint8_t* p = rows.data + row * rows.row_bytes + from;
+  int64_t stride = rows.row_bytes;
+  const int64_t whole = (count + 15) / 16 * 16;
+  const bool inside = row + kPanel <= rows.n && (row + kPanel - 1) * stride + from + whole <= rows.n * stride;
+  if (!inside) {  // at the end of the tensor: a copy that may be read to whole vectors
+    struct Edge;
+    uint8_t* copy = scratch<Edge, uint8_t>(kPanel * whole);
+    for (int64_t i = 0; i < kPanel; ++i) {
+      const int64_t r = std::min(row + i, rows.n - 1);
+      std::memcpy(copy + i * whole, rows.data + r * stride + from, count);
+      std::memset(copy + i * whole + count, 0, whole - count);
+    }
+    p = copy, stride = whole;
+  }
+  for (int v = 0; v < kVectors; ++v)
+    for (int64_t b = 0; b < whole; b += 16)
+      transpose(p + v * W * stride + b, stride, out + b / 4 * kVectors + v, kVectors);
+}
+
+// Element e of each lane's dword as fp32.
+template <class T, int e>
+inline F element(I v) {
+  if constexpr (std::is_same_v<T, float>) return as_float(v);
+  if constexpr (std::is_same_v<T, bf16>) return as_float(e == 0 ? shl<16>(v) : and_i(v, set1_i(-65536)));
+  if constexpr (std::is_same_v<T, fp16>) return from_halves(shr<16 * e>(v));
+  if constexpr (std::is_same_v<T, int32_t>) return to_float(v);
+  if constexpr (std::is_same_v<T, int16_t>) return to_float(sar<16>(shl<16 - 16 * e>(v)));
+  if constexpr (std::is_same_v<T, int8_t>) return to_float(sar<24>(shl<24 - 8 * e>(v)));
+  if constexpr (std::is_same_v<T, uint8_t>) return to_float(and_i(shr<8 * e>(v), set1_i(255)));
+}
+
+// A [n][groups] tensor of T as fp32 [group][kVectors] of a panel: out holds groups rounded up to 16 bytes of
+// T.
+template <class T>
+void load_grid(const T* data, int64_t n, int64_t groups, int64_t row, F* out) {
+  const ByteRows rows{reinterpret_cast<const uint8_t*>(data), n, groups * static_cast<int64_t>(sizeof(T))};
+  constexpr int per = 4 / sizeof(T), kPiece = 256;  // bytes of a row at a time
+  I dwords[kPiece / 4 * kVectors];
+  for (int64_t from = 0; from < rows.row_bytes; from += kPiece) {
+    const int64_t count = std::min<int64_t>(kPiece, rows.row_bytes - from);
+    transpose_panel(rows, row, from, count, dwords);
+    for (int64_t d = 0; d * 4 < count; ++d)
+      for (int v = 0; v < kVectors; ++v) {
+        F* at = out + (from / 4 + d) * per * kVectors + v;
+        const I x = dwords[d * kVectors + v];
+        at[0] = element<T, 0>(x);
+        if constexpr (per > 1) at[kVectors] = element<T, 1>(x);
+        if constexpr (per > 2) {
+          at[2 * kVectors] = element<T, 2>(x);
+          at[3 * kVectors] = element<T, 3>(x);
+        }
+      }
+  }
+}
+
+// A [n][groups] tensor of the operator: scale, zero or offset.
+struct Grid {
+  const void* data;
+  ScalarType type;
+};
+
+template <class Function>
+inline void with_grid_type(ScalarType type, const Function& f) {
+  switch (type) {
+    case ScalarType::Int:
+      return f(int32_t{});
+    case ScalarType::Short:
+      return f(int16_t{});
+    case ScalarType::Char:
+      return f(int8_t{});
+    case ScalarType::Byte:
+      return f(uint8_t{});
+    default:
+      with_float_type(type, "zero", f);  // the one that may be an integer
+  }
+}
+
+struct Weight {
+  ByteRows codes;
+  int64_t n, k, groups, group_size;  // group_size: columns, k for a whole row
+  Grid scale;
+  std::optional<Grid> zero, offset;
+  const int32_t* g_idx;  // [k] or null
+
+  bool has_offset() const { return zero || offset; }
+  int64_t group_of(int64_t column) const { return g_idx ? g_idx[column] : column / group_size; }
+};
+
+// Scales and offsets of a panel in the form w = scale * (q - centre) + offset, each [group][kVectors].
+inline void load_scales(const Weight& w, int centre, int64_t row, F* scale, F* offset) {
+  const auto load_into = [&](const Grid& grid, F* out) {
+    with_grid_type(grid.type, [&](auto tag) {
+      load_grid(static_cast<const decltype(tag)*>(grid.data), w.n, w.groups, row, out);
+    });
+  };
+  load_into(w.scale, scale);
+  if (!w.has_offset()) return;
+  load_into(w.zero ? *w.zero : *w.offset, offset);
+  const F c = set1(static_cast<float>(centre));
+  for (int64_t i = 0; i < w.groups * kVectors; ++i)
+    offset[i] = w.zero ? scale[i] * (c - offset[i]) : fma(scale[i], c, offset[i]);
+}
+
+// Expands raw dwords to operands, [dword][kVectors] -> [step][kVectors].
+template <class Dot>
+void expand(const I* raw, int64_t dwords, I* out) {
+  for (int64_t d = 0; d < dwords; ++d)
+    for (int v = 0; v < kVectors; ++v) {
+      const I x = load_i(raw + d * kVectors + v);
+      const auto put = [&](auto step) {
+        constexpr int e = decltype(step)::value;
+        if constexpr (e < Dot::steps)
+          store_i(out + (d * Dot::steps + e) * kVectors + v, Dot::template expand<e>(x));
+      };
+      put(std::integral_constant<int, 0>{}), put(std::integral_constant<int, 1>{});
+      put(std::integral_constant<int, 2>{}), put(std::integral_constant<int, 3>{});
+      put(std::integral_constant<int, 4>{}), put(std::integral_constant<int, 5>{});
+      put(std::integral_constant<int, 6>{}), put(std::integral_constant<int, 7>{});
+    }
+}
+
+}  // namespace pyarch
