@@ -8,4 +8,5 @@ from .paged_kv import paged_attention as paged_attention
 from .quant_matmul import quant_matmul as quant_matmul
 from .rms_norm import rms_norm as rms_norm
 from .rotary import rotary_append as rotary_append
+from .sample import sample as sample
 from .swiglu import swiglu as swiglu
