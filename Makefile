@@ -31,7 +31,7 @@ BUILT := .cache/built-$(notdir $(ENV))-$(or $(PYARCH_CUDA),auto)
 INTERPRETED := tests/test_triton_*.py
 WEIGHTS := .cache/smollm2
 
-.PHONY: help demo test check bench compile gpu sanitize build dist clean
+.PHONY: help demo test check bench compile gpu sanitize fuzz build dist clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -78,6 +78,9 @@ check: $(READY)  ## ruff, formats, types
 
 bench: $(BUILT)  ## measures against the peers; PEERS=llama also compiles llama.cpp
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+fuzz: $(READY)  ## 100,000 lying files for the readers of models (10 to 20 minutes); ARGS="--seed 7"
+	$(PY) tests/fuzz_io.py --files 100000 $(ARGS)
 
 clean:  ## everything that make made, but for the environment and the weights
 	rm -rf build dist *.egg-info .cache/built-* .cache/sanitize pyarch/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

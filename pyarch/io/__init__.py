@@ -107,7 +107,9 @@ def parse_json(path: str | os.PathLike, data: bytes, what: str = "") -> dict[str
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise ValueError(f"key {next(k for k, v in pairs if made[k] is not v)!r} occurs twice")
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} occurs twice")
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from . import FileError, require
 from .gguf import GGUF
 
-MAX_PIECE = 512  # characters of a SentencePiece token: all its splits are looked up
+MAX_PIECE = 256  # characters of a SentencePiece token: all its splits are looked up
 
 # How words are cut before BPE, as each model's own tokenizer.json says; without a pattern as GPT-2's, the default of
 # the tokenizers package.
@@ -33,7 +33,7 @@ _PRE: dict[str, dict[str, Any]] = {  # tokenizer.ggml.pre
     "llama-v3": dict(pattern=_LLAMA3, ignore_merges=True, add_bos=True),
     "smaug-bpe": dict(pattern=_LLAMA3),
     "qwen2": dict(pattern=_QWEN2, nfc=True),
-    "deepseek-r1-qwen": dict(pattern=_QWEN2, nfc=True),
+    "deepseek-r1-qwen": dict(pattern=_QWEN2),
     "tekken": dict(pattern=_TEKKEN, ignore_merges=True, add_bos=True),
 }
 UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type

@@ -176,8 +176,9 @@ class _Header:
         except ValueError:
             raise self.fault(f"tensor {name!r} has the unknown type {kind}") from None
         block, nbytes = constants.GGML_QUANT_SIZES[ggml]
-        if (sizes[0] if sizes else 1) % block:
-            raise self.fault(f"tensor {name!r} has rows of {sizes[0]}, which is no multiple of {ggml.name}'s {block}")
+        row = sizes[0] if sizes else 1
+        if row % block:
+            raise self.fault(f"tensor {name!r} has rows of {row}, which is no multiple of {ggml.name}'s {block}")
         return name, ggml.name, tuple(reversed(sizes)), offset, math.prod(sizes) // block * nbytes
 
     def place(self, raw: list[tuple], start: int, alignment: int) -> dict[str, TensorInfo]:

@@ -234,9 +234,9 @@ def from_folder(path: str | os.PathLike) -> Tokenizer:
         raise FileError(file, "has no model")
     spec["truncation"] = spec["padding"] = None  # both would change what encode gives
     spec["model"]["dropout"] = None
-    decoders = {d.get("type"): d for d in _parts(spec.get("decoder"))}
+    decoders = {str(d.get("type")): d for d in _parts(spec.get("decoder"))}
     if "ByteLevel" not in decoders and not decoders.keys() & {"ByteFallback", "Metaspace"}:
-        raise FileError(file, f"decoder {', '.join(map(str, decoders)) or None} is not byte-level or SentencePiece's")
+        raise FileError(file, f"decoder {', '.join(decoders) or None} is not byte-level or SentencePiece's")
     prefix = "Strip" in decoders or decoders.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
     with foreign("is no tokenizer", FileError, os.fspath(file)):
         backend = require("tokenizers").Tokenizer.from_str(json.dumps(spec))
@@ -246,10 +246,12 @@ def from_folder(path: str | os.PathLike) -> Tokenizer:
         for n in ("tokenizer_config.json", "generation_config.json", "config.json")
     )
     names = {n: text for n in ("bos_token", "eos_token", "unk_token", "pad_token") if (text := _content(config.get(n)))}
-    ends = [backend.token_to_id(names["eos_token"])] if "eos_token" in names else []
+    with foreign("special tokens", FileError, os.fspath(folder)):
+        ids = {n: backend.token_to_id(text) for n, text in names.items()}
+    ends = [ids.get("eos_token")]
     for value in (generation.get("eos_token_id"), model.get("eos_token_id")):
         ends += value if isinstance(value, list) else [value]
-    bos = backend.token_to_id(names["bos_token"]) if "bos_token" in names else model.get("bos_token_id")
+    bos = ids["bos_token"] if "bos_token" in ids else model.get("bos_token_id")
     bos = bos if type(bos) is int and bos >= 0 else None
     return Tokenizer(
         backend,
@@ -269,7 +271,8 @@ def _parts(spec: Any) -> Iterator[dict]:
     if isinstance(spec, dict):
         yield spec
         for inner in ("normalizers", "pretokenizers", "decoders"):
-            for part in spec.get(inner) or ():
+            parts = spec.get(inner)
+            for part in parts if isinstance(parts, list) else ():
                 yield from _parts(part)
 
 
@@ -289,6 +292,7 @@ def _folder_template(folder: Path, config: dict) -> str | None:
         return read_small(file, MAX_TEMPLATE).decode("utf-8", errors="replace")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     return template if isinstance(template, str) else None
