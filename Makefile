@@ -31,7 +31,7 @@ BUILT := .cache/built-$(notdir $(ENV))-$(or $(PYARCH_CUDA),auto)
 INTERPRETED := tests/test_triton_*.py
 WEIGHTS := .cache/smollm2
 
-.PHONY: help demo test check bench compile gpu sanitize fuzz build dist clean
+.PHONY: help demo test check bench compile gpu sanitize fuzz build readme dist clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,7 +62,7 @@ demo: $(BUILT) $(WEIGHTS)/done  ## a real model answers, on pyarch's kernels and
 	$(PY) -m pyarch demo
 
 # The whole suite on the best CPU library; Triton's interpreter, in a process of its own; the rest of the CPU libraries.
-test: $(BUILT)  ## everything that CI proves
+test: $(BUILT) $(WEIGHTS)/done  ## everything that CI proves
 	@status=0; run() { echo; echo "== $$*"; env "$$@" || status=1; }; \
 	run $(PYTEST) --ignore-glob='$(INTERPRETED)'; \
 	run TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED); \
@@ -76,8 +76,41 @@ check: $(READY)  ## ruff, formats, types
 	$(PY) -m mypy
 	git ls-files 'csrc/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs clang-format --dry-run -Werror
 
-bench: $(BUILT)  ## measures against the peers; PEERS=llama also compiles llama.cpp
-	$(PY) -m pytest bench --benchmark-only $(ARGS)
+bench: $(BUILT) $(WEIGHTS)/done  ## measures against the peers and writes records; PEERS=llama compiles llama.cpp too
+	$(if $(filter llama,$(PEERS)),$(PIP) install llama-cpp-python)
+	@mkdir -p build
+	$(PY) -m pytest bench --benchmark-only --benchmark-json=build/bench.json $(ARGS)
+	$(PY) -m bench.table build/bench.json --write
+
+compile: $(READY)  ## GPU kernels for sm_80 and sm_90a: registers, spills and shared memory against the record
+	$(PY) tests/compile_kernels.py $(ARGS)
+
+gpu: $(BUILT)  ## on a GPU machine, PART=peers, test or bench; ENV=active where there is no network
+ifeq ($(PART),test)
+	$(PYTEST) -m gpu
+else ifeq ($(PART),bench)
+	$(PY) -m pytest bench --benchmark-only -m gpu $(ARGS)
+else
+	$(PY) -m bench.gpu_$(PART) $(ARGS)
+endif
+
+# The interpreter is not sanitized, so libasan comes first by LD_PRELOAD; Python and torch keep memory to the end.
+SANITIZED := .cache/sanitize
+sanitize: $(READY)  ## the op suite on a CPU library with AddressSanitizer and UBSan
+	@mkdir -p $(SANITIZED)
+	PYARCH_SANITIZE=1 PYARCH_CUDA=0 PYARCH_CPU_ISA=$${ISA:-$$($(PY) -c 'from pyarch import arch; print(arch.cpu_isas()[0])')} \
+	  $(PY) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib > $(SANITIZED)/build.log 2>&1 \
+	  || { cat $(SANITIZED)/build.log; exit 1; }
+	PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib:$(CURDIR) LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	  $(PY) -P -m pytest -p no:cacheprovider -m forward $(ARGS)
+
+readme: $(BUILT)  ## the generated parts of the README
+	$(PY) -m docs.readme --write
+	$(PY) -m bench.table --write
+
+dist: $(READY)  ## a wheel and a source archive in dist/
+	$(PY) -m build --no-isolation
 
 fuzz: $(READY)  ## 100,000 lying files for the readers of models (10 to 20 minutes); ARGS="--seed 7"
 	$(PY) tests/fuzz_io.py --files 100000 $(ARGS)

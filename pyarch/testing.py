@@ -257,10 +257,10 @@ def _operator(suite: Suite, backend: str, dtype: torch.dtype) -> None:
         with torch.no_grad(), Operators() as ran:
             suite.op(**Guarded(named).named, backend=backend)
         for operator, args in ran.calls:
-            kinds = tuple((a.dtype, a.numel() > 0) if isinstance(a, torch.Tensor) else type(a) for a in args)
-            if (operator, kinds) in seen:
+            kind = (operator, *map(_kind, args))
+            if kind in seen:
                 continue
-            seen.add((operator, kinds))
+            seen.add(kind)
             verdict = torch.library.opcheck(
                 operator, tuple(Guarded({"": a}).named[""] for a in args), raise_exception=False
             )
@@ -272,6 +272,11 @@ def _operator(suite: Suite, backend: str, dtype: torch.dtype) -> None:
                 with contextlib.suppress(Exception):
                     operator(*call.named.values())
                 call.check(f"{sample.name}: {operator.name()} with argument {i} {what}")
+
+
+def _kind(value: Any) -> Any:
+    """What calls of one kind share: checks that are slow run once for each kind."""
+    return (value.dtype, value.numel() > 0) if isinstance(value, torch.Tensor) else type(value)
 
 
 def _hostile(args: tuple) -> Iterator[tuple[str, int, Any]]:
@@ -338,7 +343,12 @@ def _gradients_of(suite: Suite, function: Callable, named: Named) -> list[torch.
 
 
 def _refusal(suite: Suite, backend: str, dtype: torch.dtype) -> None:
+    seen = set()
     for sample, named in suite.runnable(backend, dtype):
+        kind = tuple((name, _kind(value)) for name, value in named.items())
+        if kind in seen:
+            continue
+        seen.add(kind)
         calls: list[tuple[str, type[Exception] | tuple, str | list[str], Named]] = [
             ("an unknown backend", ValueError, "backend", {"backend": "none such"})
         ]
