@@ -345,10 +345,10 @@ def _gradients_of(suite: Suite, function: Callable, named: Named) -> list[torch.
 def _refusal(suite: Suite, backend: str, dtype: torch.dtype) -> None:
     seen = set()
     for sample, named in suite.runnable(backend, dtype):
-        kind = tuple((name, _kind(value)) for name, value in named.items())
-        if kind in seen:
+        key = tuple((name, _kind(value)) for name, value in named.items())
+        if key in seen:
             continue
-        seen.add(kind)
+        seen.add(key)
         calls: list[tuple[str, type[Exception] | tuple, str | list[str], Named]] = [
             ("an unknown backend", ValueError, "backend", {"backend": "none such"})
         ]
