@@ -17,7 +17,7 @@ What each part holds, for every backend that runs here and every dtype in its LI
                or refused, never silently wrong
     operator   opcheck; hostile calls of the torch operator (other dtypes, ranks, sizes, numbers) raise or return, and
                write nothing out of bounds (a crash ends the process; `make sanitize` sees bad reads too)
-    compile    torch.compile(fullgraph=True) runs the same operator and gives the same bits
+    compile    torch.compile(fullgraph=True) runs the same operator and gives the same bits, once with Inductor too
     refusal    backends outside LIMITS, foreign dtypes, devices, layouts and types: an error that names the argument,
                and nothing changed
 """
@@ -330,6 +330,10 @@ def _compile(suite: Suite, backend: str, dtype: torch.dtype) -> None:
             eager, graph = (_result(f, Guarded(named).named) for f in (op, compiled))
         assert all(map(same, eager, graph)), f"{sample.name}: other bits when compiled"
         assert {t.split("__")[1].split(".")[0] for t in targets} == {backend}, f"{sample.name}: ran {targets}"
+        if number == 0 and dtype == suite.card.limits[backend].dtypes[0]:  # once: Inductor is slow to start
+            with torch.no_grad():
+                graph = _result(torch.compile(op, fullgraph=True), Guarded(named).named)
+            assert all(map(same, eager, graph)), f"{sample.name}: other bits with Inductor"
         if suite.gradients:
             eager, graph = (_gradients_of(suite, f, Guarded(named).named) for f in (op, compiled))
             assert all(map(same, eager, graph)), f"{sample.name}: other gradients when compiled"
