@@ -85,14 +85,8 @@ bench: $(BUILT) $(WEIGHTS)/done  ## measures against the peers and writes record
 compile: $(READY)  ## GPU kernels for sm_80 and sm_90a: registers, spills and shared memory against the record
 	$(PY) tests/compile_kernels.py $(ARGS)
 
-gpu: $(BUILT)  ## on a GPU machine, PART=peers, test or bench; ENV=active where there is no network
-ifeq ($(PART),test)
-	$(PYTEST) -m gpu
-else ifeq ($(PART),bench)
-	$(PY) -m pytest bench --benchmark-only -m gpu $(ARGS)
-else
-	$(PY) -m bench.gpu_$(PART) $(ARGS)
-endif
+gpu: $(READY)  ## on a GPU machine, PART=peers, test or bench; ENV=active where there is no network
+	$(PY) -m bench.gpu --part $(PART) $(ARGS)
 
 # The interpreter is not sanitized, so libasan comes first by LD_PRELOAD; Python and torch keep memory to the end.
 SANITIZED := .cache/sanitize

@@ -82,7 +82,7 @@ def _finish(acc, bias, y, n, m, N, inside, HAS_BIAS: tl.constexpr, ACTIVATION: t
 def _matmul_kernel(
     x, q, scale, shift, bias, y, partial,  # x [M, K], q [N, K or K/2], scale and shift [N, G], partial [SPLIT, M, N]
     M, N, K, G, stride_xm, stride_xk, stride_q, slope,
-    steps,  # of K in this split
+    STEPS: tl.constexpr,  # of K in a split; not an argument at run time, on which Triton 3.6's interpreter cannot loop
     STEPS_PER_GROUP: tl.constexpr,  # 0: one group, scaled after the loop
     BITS: tl.constexpr, SHIFT: tl.constexpr,  # SHIFT: 0 none, 1 zero, 2 offset
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
@@ -93,25 +93,22 @@ def _matmul_kernel(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n_in, m_in = n < N, m < M
-    first = tl.program_id(2) * steps
-    k = tl.arange(0, BK)
-    byte = tl.arange(0, BK // PER_BYTE)
+    first = tl.program_id(2) * STEPS
+    columns, bytes_of = tl.arange(0, BK), tl.arange(0, BK // PER_BYTE)
     x_rows = x + m.to(tl.int64)[:, None] * stride_xm  # [BM, 1]
     q_rows = q + n.to(tl.int64)[:, None] * stride_q  # [BN, 1]
     scales = n.to(tl.int64) * G  # [BN]
 
     acc = tl.zeros((BN, BM), tl.float32)
     sums = tl.zeros((BM,), tl.float32)
-    for step in range(first, first + steps):
+    for i in range(STEPS):
+        step = first + i
         start = step * BK
-        if EVEN_K:
-            x_tile = tl.load(x_rows + (start + k).to(tl.int64)[None, :] * stride_xk, mask=m_in[:, None], other=0.0)
-            q_tile = tl.load(q_rows + (start // PER_BYTE + byte)[None, :], mask=n_in[:, None], other=0)
-        else:
-            x_mask = m_in[:, None] & (start + k < K)[None, :]
-            x_tile = tl.load(x_rows + (start + k).to(tl.int64)[None, :] * stride_xk, mask=x_mask, other=0.0)
-            q_mask = n_in[:, None] & ((start // PER_BYTE + byte) * PER_BYTE < K)[None, :]
-            q_tile = tl.load(q_rows + (start // PER_BYTE + byte)[None, :], mask=q_mask, other=0)
+        k, bytes_k = start + columns, start // PER_BYTE + bytes_of
+        x_mask = m_in[:, None] if EVEN_K else m_in[:, None] & (k < K)[None, :]
+        q_mask = n_in[:, None] if EVEN_K else n_in[:, None] & (bytes_k * PER_BYTE < K)[None, :]
+        x_tile = tl.load(x_rows + k.to(tl.int64)[None, :] * stride_xk, mask=x_mask, other=0.0)  # [BM, BK]
+        q_tile = tl.load(q_rows + bytes_k[None, :], mask=q_mask, other=0)  # [BN, BK or BK/2]
         dtype: tl.constexpr = x_tile.dtype
         part = acc if STEPS_PER_GROUP == 0 else tl.zeros((BN, BM), tl.float32)
         if BITS == 4:
@@ -201,8 +198,8 @@ def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activ
     with on_device_of(x):
         _matmul_kernel[grid](
             x, q, scale, y if shift is None else shift.contiguous(), bias, y, partial,
-            m, n, k, groups, x.stride(0), x.stride(1), q.stride(0), slope, steps,
-            STEPS_PER_GROUP=0 if groups == 1 else group_size // bk,
+            m, n, k, groups, x.stride(0), x.stride(1), q.stride(0), slope,
+            STEPS=steps, STEPS_PER_GROUP=0 if groups == 1 else group_size // bk,
             BITS=4 if q.dtype == torch.uint8 else 8, SHIFT=shift_kind,
             EVEN_K=k == bk * steps * config.split_k, BM=config.block_m, BN=config.block_n, BK=bk,
             num_warps=config.num_warps, num_stages=config.num_stages, **epilogue, **options,

@@ -100,7 +100,7 @@ class Tokenizer:
         first word stays (SentencePiece writes one before every text, which decode takes away)."""
         return Stream(self, skip_special, strip=self._space_prefix and not continues)
 
-    def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation: messages are dicts with "role" and "content"; variables reach the template.
 
         The template is foreign code; see chat_template.py. Raises ValueError where it refuses or fails.

@@ -1,0 +1,210 @@
+"""What bench/gpu.py measures: peers alone, and ours against them.
+
+A case is a function of (device, small) that makes its tensors and returns an Entry. `small` shrinks every size, for a
+dry run on a CPU, which proves the script and measures nothing. Contenders take the number of a copy of their inputs:
+there are enough copies that no call finds its inputs in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pyarch
+from pyarch.ops.quant_matmul import bytes_moved
+from pyarch.quantized import QuantizedTensor
+
+PAST_CACHE = 256 << 20  # bytes: five times the L2 of an H100
+Call = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one case compares: calls by contender, the copies they rotate among, what the work needs at least."""
+
+    calls: Mapping[str, Call]
+    copies: int
+    flops: float = 0
+    moved: float = 0  # bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    part: str
+    work: str
+    name: str
+    make: Callable[[torch.device, bool], Entry]
+
+
+def copies_of(nbytes: float) -> int:
+    return max(2, min(64, -(-PAST_CACHE // max(int(nbytes), 1))))
+
+
+def randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+# ---- ceilings
+
+
+def copy_bandwidth(device: torch.device, small: bool) -> Entry:
+    n = 1 << (16 if small else 30)
+    source, target = (torch.empty(n, dtype=torch.uint8, device=device) for _ in range(2))
+    source.random_()
+    return Entry({"torch copy_": lambda _: target.copy_(source)}, copies=1, moved=2 * n)
+
+
+def matmul_ceiling(dtype: torch.dtype) -> Callable[[torch.device, bool], Entry]:
+    def make(device: torch.device, small: bool) -> Entry:
+        n = 64 if small else 8192
+        a, b = (randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        return Entry({"torch matmul": lambda _: a @ b}, copies=1, flops=2 * n**3)
+
+    return make
+
+
+# ---- peers of ops to come
+
+
+def sdpa(b: int, h: int, s: int, d: int, causal: bool) -> Callable[[torch.device, bool], Entry]:
+    def make(device: torch.device, small: bool) -> Entry:
+        length = 64 if small else s
+        q, k, v = (randn(b, h, length, d, device=device) for _ in range(3))
+
+        def call(backend: SDPBackend) -> Call:
+            def run(_: int) -> torch.Tensor:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+            return run
+
+        able = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+        calls = {f"SDPA {one.name.lower()}": call(one) for one in (able if device.type == "cuda" else able[:1])}
+        return Entry(calls, copies=1, flops=4 * b * h * length**2 * d / (2 if causal else 1))
+
+    return make
+
+
+def cudnn_convolution(n: int, c: int, size: int, k: int, kernel: int, stride: int) -> Callable:
+    def make(device: torch.device, small: bool) -> Entry:
+        batch, side = (1, 8) if small else (n, size)
+        x = randn(batch, c, side, side, device=device, dtype=torch.float16)
+        w = randn(k, c, kernel, kernel, device=device, dtype=torch.float16)
+        xl, wl = (t.to(memory_format=torch.channels_last) for t in (x, w))
+        out = -(-side // stride)
+        return Entry(
+            {
+                "cudnn channels_last": lambda _: F.conv2d(xl, wl, None, stride, kernel // 2),
+                "cudnn contiguous": lambda _: F.conv2d(x, w, None, stride, kernel // 2),
+            },
+            copies=1,
+            flops=2 * batch * k * c * kernel**2 * out**2,
+        )
+
+    return make
+
+
+def cudnn_lstm(batch: int, steps: int, size: int, layers: int) -> Callable:
+    def make(device: torch.device, small: bool) -> Entry:
+        time, width = (3, 16) if small else (steps, size)
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        net = torch.nn.LSTM(width, width, layers).to(device, dtype)
+        x = randn(time, batch, width, device=device, dtype=dtype)
+        return Entry({"cudnn LSTM": lambda _: net(x)[0]}, copies=1, flops=16 * batch * time * layers * width**2)
+
+    return make
+
+
+# ---- ours against peers
+
+
+def quantised(n: int, k: int, group: int, device: torch.device) -> QuantizedTensor:
+    q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    return QuantizedTensor(q, torch.rand(n, k // group, device=device).to(torch.bfloat16) / 64, k, group)
+
+
+def tinygemm(w: QuantizedTensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """torch's own int4 kernel on the same weight."""
+    scales_and_zeros = torch.stack((w.scale, torch.zeros_like(w.scale)), -1).transpose(0, 1).contiguous()
+    if w.device.type == "cuda":
+        swapped = w.q << 4 | w.q >> 4  # it keeps the even column in the high nibble
+        packed = torch.ops.aten._convert_weight_to_int4pack(swapped, 8)
+        return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, w.group_size, scales_and_zeros)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(w.codes().int(), 1)
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, w.group_size, scales_and_zeros)
+
+
+def int4_matmul(m: int, n: int, k: int, group: int) -> Callable[[torch.device, bool], Entry]:
+    def make(device: torch.device, small: bool) -> Entry:
+        rows, columns = (32, 256) if small else (n, k)
+        x = randn(m, columns, device=device)
+        moved = bytes_moved(dict(n=rows, k=columns, group_size=group), 4) + 2 * m * (rows + columns)
+        copies = copies_of(moved)
+        weights = [quantised(rows, columns, group, device) for _ in range(copies)]
+        theirs = [tinygemm(w) for w in weights]
+        dense = [randn(rows, columns, device=device) for _ in range(copies_of(2 * rows * columns))]
+        ours = "triton" if device.type == "cuda" else "auto"
+        return Entry(
+            {
+                f"pyarch {ours}": lambda i: pyarch.quant_matmul(x, weights[i], backend=ours),
+                "torch _weight_int4pack_mm": lambda i: theirs[i](x),
+                "torch F.linear, bf16 weights": lambda i: F.linear(x, dense[i % len(dense)]),
+            },
+            copies,
+            flops=2 * m * rows * columns,
+            moved=moved,
+        )
+
+    return make
+
+
+def kv_append(tokens: int, heads: int, dim: int) -> Callable[[torch.device, bool], Entry]:
+    def make(device: torch.device, small: bool) -> Entry:
+        page_size, pages = 16, 8 if small else max(4096, tokens // 4)
+        count = min(tokens, pages * page_size)
+        k, v = (randn(count, heads, dim, device=device) for _ in range(2))
+        caches = [randn(pages, page_size, heads, dim, device=device) for _ in range(2)]
+        flat = [cache.view(-1, heads, dim) for cache in caches]
+        slots = torch.randperm(pages * page_size, device=device)[:count]
+        ours = "cuda" if device.type == "cuda" else "auto"
+
+        def index_copy(_: int) -> None:
+            flat[0].index_copy_(0, slots, k)
+            flat[1].index_copy_(0, slots, v)
+
+        return Entry(
+            {
+                f"pyarch {ours}": lambda _: pyarch.kv_append(k, v, *caches, slots, backend=ours),
+                "torch index_copy_, twice": index_copy,
+            },
+            copies=1,
+            moved=8.0 * count * heads * dim,
+        )
+
+    return make
+
+
+def cases() -> Iterator[Case]:
+    """In the order in which they are worth having."""
+    yield Case("peers", "ceiling", "copy", copy_bandwidth)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield Case("peers", "ceiling", f"matmul {dtype}".replace("torch.", ""), matmul_ceiling(dtype))
+    for b, h, s, d in ((4, 16, 512, 64), (4, 16, 2048, 128), (2, 16, 8192, 128), (1, 32, 16384, 64)):
+        for causal in (False, True):
+            yield Case("peers", "attention", f"B{b} H{h} S{s} D{d}{' causal' * causal}", sdpa(b, h, s, d, causal))
+    for shape in ((64, 64, 56, 64, 3, 1), (64, 256, 14, 256, 3, 1), (64, 512, 7, 2048, 1, 1), (64, 128, 56, 128, 3, 2)):
+        label = "N{} C{} {}px K{} {}x{} stride {}".format(*shape[:5], shape[4], shape[5])
+        yield Case("peers", "conv2d", label, cudnn_convolution(*shape))
+    for shape in ((1, 256, 512, 2), (64, 256, 512, 2), (64, 128, 1024, 1)):
+        yield Case("peers", "lstm", "B{} T{} H{} L{}".format(*shape), cudnn_lstm(*shape))
+    for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192)):
+        for m in (1, 4, 16, 64, 256, 2048):
+            yield Case("bench", "quant_matmul int4 g128", f"M{m} N{n} K{k}", int4_matmul(m, n, k, 128))
+    for m in (1, 16, 256):
+        yield Case("bench", "quant_matmul int4 g32", f"M{m} N4096 K4096", int4_matmul(m, 4096, 4096, 32))
+    for tokens, heads in ((1, 8), (64, 8), (8192, 8), (8192, 32)):
+        yield Case("bench", "kv_append", f"T{tokens} H{heads} D128", kv_append(tokens, heads, 128))

@@ -1,0 +1,91 @@
+"""What only a GPU can show: streams, graphs, devices, and that a bad index harms nobody."""
+
+import pytest
+import torch
+
+import pyarch
+from pyarch._instruments import same
+from pyarch.ops.paged_kv import kv_append_reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def matmul():
+    w = pyarch.quantize(torch.randn(256, 512), symmetric=False).to("cuda")
+    x = torch.randn(3, 512, device="cuda", dtype=torch.bfloat16)
+    return x, lambda: pyarch.quant_matmul(x, w, activation="silu", backend="triton")
+
+
+def append():
+    k, v = torch.randn(2, 6, 2, 64, device="cuda", dtype=torch.bfloat16)
+    caches = [torch.zeros(4, 8, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    slots = torch.tensor([3, 31, -1, 0, 17, 9], device="cuda")
+
+    def call():
+        pyarch.kv_append(k, v, *caches, slots, backend="cuda")
+        return caches[0] + caches[1]
+
+    return k, call
+
+
+@pytest.mark.parametrize("make", [matmul, append])
+def test_runs_on_the_current_stream(make):
+    """On a stream that is behind, the kernel sees what comes before it there and not what is there now."""
+    source, call = make()
+    value, fresh = call().clone(), torch.randn_like(source)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        source.copy_(fresh)
+        late = call().clone()
+    torch.cuda.synchronize()
+    assert not same(late, value)
+    assert same(late, call())
+
+
+@pytest.mark.parametrize("make", [matmul, append])
+def test_can_be_captured(make):
+    source, call = make()
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        source.copy_(torch.randn_like(source))
+        graph.replay()
+        replayed = captured.clone()
+        assert same(replayed, call())
+
+
+def test_bad_slots_are_skipped():
+    k, v = torch.randn(2, 5, 2, 8, device="cuda")
+    caches = [torch.randn(3, 4, 2, 8, device="cuda") for _ in range(2)]
+    want = [cache.cpu() for cache in caches]
+    kv_append_reference(k[:1].cpu(), v[:1].cpu(), *want, torch.tensor([7]))
+    slots = torch.tensor([7, 12, -2, 2**62, -(2**62)], device="cuda")
+    pyarch.kv_append(k, v, *caches, slots, backend="cuda")
+    torch.cuda.synchronize()
+    assert all(same(cache.cpu(), right) for cache, right in zip(caches, want, strict=True))
+
+
+def test_other_devices_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for make in (matmul, append):
+        with torch.cuda.device(1):
+            _, call = make()
+            want = call().clone()
+        with torch.cuda.device(0):
+            assert same(call(), want)
+
+
+def test_auto_is_the_gpu_kernel():
+    x, _ = matmul()
+    w = pyarch.quantize(torch.randn(64, 512)).to("cuda")
+    assert pyarch.explain(pyarch.quant_matmul, x, w).backend == "triton"
+    k, v = torch.randn(2, 5, 2, 8, device="cuda")
+    caches = [torch.zeros(3, 4, 2, 8, device="cuda") for _ in range(2)]
+    slots = torch.arange(5, device="cuda")
+    assert pyarch.explain(pyarch.kv_append, k, v, *caches, slots).backend == "cuda"

@@ -1,0 +1,52 @@
+"""make gpu's script without a GPU: every case runs in small, records hold what they must, a second run goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(*arguments):
+    command = [sys.executable, "-m", "bench.gpu", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny work: threads would wait for one another
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("part", ["peers", "bench"])
+def test_dry_run(part, tmp_path):
+    out = tmp_path / "records.jsonl"
+    first = script("--part", part, "--dry-run", "--out", str(out))
+    assert first.returncode == 0, first.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {r["work"] for r in records} == {
+        "peers": {"ceiling", "attention", "conv2d", "lstm"},
+        "bench": {"quant_matmul int4 g128", "quant_matmul int4 g32", "kv_append"},
+    }[part]
+    for r in records:
+        assert {"card", "commit", "torch", "date", "us", "graph"} <= r.keys()
+        assert "failed" not in r
+        assert r["card"] == "dry run on a CPU"
+        assert all(0 < t["p20"] <= t["median"] <= t["p80"] for t in r["us"].values())
+        assert ("ratio" in r) == (part == "bench")
+        assert r.get("tflops", 0) > 0 or r.get("gbps", 0) > 0
+    kept = records[:-2]
+    out.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    assert "go" in script("--part", part, "--dry-run", "--out", str(out), "--seconds", "-1").stdout
+    assert len(out.read_text().splitlines()) == len(kept)
+    script("--part", part, "--dry-run", "--out", str(out))
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["work"], r["case"]) for r in again] == [(r["work"], r["case"]) for r in records]
+
+
+def test_makes_no_record_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "no CUDA device" in script("--part", "peers").stderr
+    assert "--out" in script("--part", "peers", "--dry-run").stderr
+    assert not (ROOT / "bench/records/gpu").exists() or not list((ROOT / "bench/records/gpu").glob("*dry*"))
