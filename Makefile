@@ -24,7 +24,7 @@ endif
 export PYTHONPATH := $(CURDIR)
 unexport PYARCH_CPU_ISA
 
-PIP := $(PY) -m pip --disable-pip-version-check -q
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 PYTEST := $(PY) -m pytest $(ARGS)
 SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 BUILT := .cache/built-$(notdir $(ENV))-$(or $(PYARCH_CUDA),auto)
@@ -42,6 +42,7 @@ $(ENV)/ready-torch-$(TORCH): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyarch: needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@command -v c++ >/dev/null || { echo "pyarch: needs a C++ compiler (Debian: apt-get install g++)"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(ENV)
+	@echo "installing torch $(TORCH) into $(ENV); with CUDA packages this is some GB (WHEEL_INDEX= chooses the wheels)"
 	$(PIP) install torch==$(TORCH) $(if $(WHEEL_INDEX),--index-url $(WHEEL_INDEX)) 'setuptools>=77' wheel ninja
 	PYARCH_CPU_ISA= PYARCH_CUDA=0 $(PIP) install --no-build-isolation -e '.[dev]' torch==$(TORCH)
 	@rm -f $(ENV)/ready-torch-*
