@@ -7,6 +7,8 @@ import importlib
 import sys
 
 COMMANDS = {
+    "generate": "a language model answers a prompt",
+    "demo": "SmolLM2 answers through pyarch and through plain PyTorch, side by side",
     "doctor": "what this machine has, which backends run here, and what to do about the others",
 }
 

@@ -18,6 +18,7 @@ to the QuantizedTensor once it is made and must not be written to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -187,6 +188,35 @@ def quantize(weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, symm
         return QuantizedTensor(codes, scale, k, group_size, None if zero is None else zero.to(torch.int8))
     zero = None if zero is None else (zero + 8).to(torch.uint8)
     return QuantizedTensor(pack_int4(codes + 8), scale, k, group_size, zero)
+
+
+def concat(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Weights of one format stacked along N: [N1, K], [N2, K], ... -> [N1 + N2 + ..., K], so that projections of the
+    same input are one matmul.
+
+    Raises ValueError unless all have the same K, bits, group_size, dtypes, device and optional fields, and no g_idx
+    differs. `same_format` tells beforehand.
+    """
+    first = weights[0] if weights else None
+    if first is None:
+        raise ValueError("weights: must not be empty")
+    if not all(same_format(first, w) for w in weights[1:]):
+        raise ValueError(f"weights: must have one format, not {', '.join(map(repr, weights))}")
+    stacked = [
+        None if parts[0] is None else torch.cat(parts)
+        for parts in zip(*(w._tensors()[:4] for w in weights), strict=True)
+    ]
+    return _unflatten([*stacked, first.g_idx], (first.in_features, first.group_size))
+
+
+def same_format(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    """Whether `concat` can stack these two."""
+    if (a.in_features, a.group_size) != (b.in_features, b.group_size):
+        return False
+    formats = ([None if t is None else (t.dtype, t.device) for t in w._tensors()] for w in (a, b))
+    if next(formats) != next(formats):
+        return False
+    return a.g_idx is None or b.g_idx is None or torch.equal(a.g_idx, b.g_idx)
 
 
 def _flatten(t: QuantizedTensor) -> tuple[list, tuple]:
