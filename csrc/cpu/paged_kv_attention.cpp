@@ -14,7 +14,8 @@ constexpr int64_t kSerialBytes = 128 << 10;  // less of the cache than this is r
 template <class T>
 void combine(const PagedAttention& a, const PagedSequence& s, float* parts, int64_t splits, int64_t row,
              int64_t head) {
-  const int64_t dim = a.k.dim, vectors = s.rows * a.q_heads, vector = row * a.q_heads + head;
+  const int64_t dim = a.k.dim, vectors = s.rows * a.q_heads;
+  const int64_t vector = (head / a.group * s.rows + row) * a.group + head % a.group;
   const int64_t step = few::partial_floats(vectors, dim);
   const few::Partial first(parts, vectors, dim);
   const float sink = a.sinks ? a.sinks[head] * kLog2e : kMinusInf;
@@ -31,11 +32,16 @@ void combine(const PagedAttention& a, const PagedSequence& s, float* parts, int6
     sum += weights[i] * first.l[i * step + vector];
   }
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int64_t d = 0; d < dim; d += W) {
+  const auto total = [&](int64_t d, int n) {
+    F sum = zero();
+    for (int64_t i = 0; i < splits; ++i) sum = fma(set1(weights[i]), load(acc + i * step + d, n), sum);
+    return sum * set1(inverse);
+  };
+  int64_t d = 0;
+  for (; d + 2 * W <= dim; d += 2 * W) store_pair(out + d, total(d, W), total(d + W, W));
+  for (; d < dim; d += W) {
     const int n = static_cast<int>(std::min<int64_t>(W, dim - d));
-    F total = zero();
-    for (int64_t i = 0; i < splits; ++i) total = fma(set1(weights[i]), load(acc + i * step + d, n), total);
-    store(out + d, total * set1(inverse), n);
+    store(out + d, total(d, n), n);
   }
   a.lse[(s.first_row + row) * a.q_heads + head] = sum == 0.0f ? kMinusInf : (shift + std::log2(sum)) * kLn2;
 }

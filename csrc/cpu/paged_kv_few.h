@@ -1,13 +1,16 @@
-// paged_attention for sequences with few rows (decode): bound by reading the cache, so it is read once.
+// paged_attention for sequences with few rows (decode): bound by reading the cache, so it is read once and in
+// order.
 //
 //   task = (sequence, split of kSplit positions, range of KV heads)
-//     K pass   16 positions at a time, all heads of the range: scores of every row that shares the head
-//     softmax  of this split alone: maximum m, sum l, probabilities
-//     V pass   kBlock positions at a time: acc[row][head][dim] += p * v
-//   combine, per row and head, splits in their order: out = sum(2^(m_i - m) acc_i) / sum(2^(m_i - m) l_i)
+//     K pass   position by position, head by head, as they lie in memory; a head's K vectors stay in
+//     registers for
+//              all its lanes. A lane is one (KV head, row, query head of the group): scores[position][lane]
+//     softmax  of this split alone, lanes side by side: maximum m, sum l, probabilities
+//     V pass   kRows positions at a time, head by head: acc[lane][dim] += p * v
+//   combine, lane by lane, splits in their order: out = sum(2^(m_i - m) acc_i) / sum(2^(m_i - m) l_i)
 //
-// Splits lie at multiples of kSplit and blocks at multiples of W within them, so what is added to what
-// depends on positions alone: not on the page size, the other sequences or the threads.
+// Splits lie at multiples of kSplit and a lane adds position after position, so what is added to what depends
+// on positions alone: not on the page size, the other sequences or the threads.
 #pragma once
 
 #include "paged_kv_attention.h"
@@ -16,65 +19,120 @@
 namespace pyarch {
 namespace few {
 
-constexpr int64_t kSplit = 256;         // positions a task covers
-constexpr int64_t kBlock = 32;          // positions of V between a load and a store of the accumulators
-constexpr int kHold = W == 16 ? 8 : 4;  // vectors of q that stay in registers
+constexpr int64_t kSplit = 256;  // positions a task covers
+constexpr int64_t kRows = 16;    // positions of V between a load and a store of the accumulators
+// Positions between a prefetch and its use: what measured best of 4 to 48.
+constexpr int64_t kAheadK = 4, kAheadV = 16;
 
-// The results of one split: acc, m and l of every (row, query head).
+// The results of one split: acc, m and l of every lane of the sequence.
 struct Partial {
   float *acc, *m, *l;
-  Partial(float* base, int64_t vectors, int64_t dim)
-      : acc(base), m(base + vectors * dim), l(base + vectors * (dim + 1)) {}
+  Partial(float* base, int64_t lanes, int64_t dim)
+      : acc(base), m(base + lanes * dim), l(base + lanes * (dim + 1)) {}
 };
-inline int64_t partial_floats(int64_t vectors, int64_t dim) { return vectors * (dim + 2); }
+inline int64_t partial_floats(int64_t lanes, int64_t dim) { return (lanes * (dim + 2) + 15) / 16 * 16; }
 
-// a[i] += row i . q over NV vectors.
-template <class T, int NV>
-inline void dot_step(const T* base, const int64_t* offsets, const typename Dot<T>::Q* q, F* a) {
-  using D = Dot<T>;
-  typename D::V held[NV];
-  for (int d = 0; d < NV; ++d) held[d] = D::load(q + d * D::lanes);
-  for (int i = 0; i < W; ++i) {
-    const T* row = base + offsets[i];
-    F sum = a[i];
-    for (int d = 0; d < NV; ++d) sum = D::add(sum, D::load(row + d * D::lanes), held[d]);
-    a[i] = sum;
-  }
-}
-
-// The dot products of q with W rows.
 template <class T>
-inline F dot_rows(const T* base, const int64_t* offsets, const typename Dot<T>::Q* q, int64_t dim) {
-  using D = Dot<T>;
-  F a[W];
-  for (int i = 0; i < W; ++i) a[i] = zero();
-  int64_t d = 0;
-  for (; d + kHold * D::lanes <= dim; d += kHold * D::lanes) dot_step<T, kHold>(base + d, offsets, q + d, a);
-  if (d + kHold / 2 * D::lanes <= dim) {
-    dot_step<T, kHold / 2>(base + d, offsets, q + d, a);
-    d += kHold / 2 * D::lanes;
-  }
-  for (; d + D::lanes <= dim; d += D::lanes) dot_step<T, 1>(base + d, offsets, q + d, a);
-  if (d < dim) {
-    const int left = static_cast<int>(dim - d);
-    const typename D::V held = D::load(q + d, left);
-    for (int i = 0; i < W; ++i) a[i] = D::add(a[i], D::load(base + offsets[i] + d, left), held);
-  }
-  return sum_each(a);
+inline void prefetch(const T* p, int64_t n) {
+  for (int64_t b = 0; b < n; b += 64 / sizeof(T)) __builtin_prefetch(p + b);
 }
 
-// acc[g][NV vectors] += p[g][i] * row i, for i in [0, n).
+// to[i] = k . q[i] for U lanes, as vectors yet to be summed over their lanes. NV: vectors of k, 0 for any
+// number.
+template <class T, int NV, int U>
+inline void dots(const T* k, const typename Dot<T>::Q* q, int64_t dim, F* to) {
+  using D = Dot<T>;
+  F sum[U];
+  for (int i = 0; i < U; ++i) sum[i] = zero();
+  if constexpr (NV > 0) {
+    typename D::V held[NV];
+    for (int d = 0; d < NV; ++d) held[d] = D::load(k + d * D::lanes);
+    for (int i = 0; i < U; ++i)
+      for (int d = 0; d < NV; ++d) sum[i] = D::add(sum[i], held[d], D::load(q + (i * NV + d) * D::lanes));
+  } else {
+    int64_t d = 0;
+    for (; d + D::lanes <= dim; d += D::lanes) {
+      const typename D::V held = D::load(k + d);
+      for (int i = 0; i < U; ++i) sum[i] = D::add(sum[i], held, D::load(q + i * dim + d));
+    }
+    const int left = static_cast<int>(dim - d);
+    if (left > 0)
+      for (int i = 0; i < U; ++i)
+        sum[i] = D::add(sum[i], D::load(k + d, left), D::load(q + i * dim + d, left));
+  }
+  for (int i = 0; i < U; ++i) to[i] = sum[i];
+}
+
+// What a task works on, beside the problem and the sequence.
+struct Range {
+  int64_t head_begin, head_end;  // KV heads
+  int64_t start, low, high;      // positions start + low to start + high - 1
+  int64_t lanes,
+      stride;  // of a row of scores: (head_end - head_begin) * rows * group, and padded past W more
+  const int64_t *k_at, *v_at;  // offsets of position start + i
+};
+
+// The K pass. A unit is U lanes of one head; W / U units are summed over their lanes together.
+template <class T, int NV, int U>
+void score(const PagedAttention& a, const Range& r, int64_t per_head, const typename Dot<T>::Q* q,
+           float* scores) {
+  constexpr int batch = W / U;
+  const T* keys = reinterpret_cast<const T*>(a.k.data) + r.head_begin * a.k.head_stride;
+  const int64_t dim = a.k.dim;
+  for (int64_t i = r.low; i < r.high; ++i) {
+    const T *row = keys + r.k_at[i], *ahead = keys + r.k_at[std::min(i + kAheadK, r.high - 1)];
+    const typename Dot<T>::Q* unit_q = q;
+    float* to = scores + i * r.stride;
+    for (int64_t lane = 0, in_head = 0; lane < r.lanes; to += batch * U) {
+      F sums[W];
+      for (int b = 0; b < batch; ++b) {
+        if (lane < r.lanes) {
+          if (in_head == 0) prefetch(ahead, dim);
+          dots<T, NV, U>(row, unit_q, dim, sums + b * U);
+          lane += U, in_head += U, unit_q += U * dim;
+          if (in_head == per_head) in_head = 0, row += a.k.head_stride, ahead += a.k.head_stride;
+        } else {
+          for (int u = 0; u < U; ++u) sums[b * U + u] = zero();
+        }
+      }
+      for (int u = batch * U; u < W; ++u) sums[u] = zero();
+      store(to, sum_each(sums));  // where U does not divide W, the next store overwrites lanes past batch * U
+    }
+  }
+}
+
+template <class T, int U>
+void score_any(const PagedAttention& a, const Range& r, int64_t per_head, const typename Dot<T>::Q* q,
+               float* scores) {
+  constexpr int lanes = Dot<T>::lanes;
+  if (a.k.dim == 8 * lanes) return score<T, 8, U>(a, r, per_head, q, scores);
+  if (a.k.dim == 4 * lanes) return score<T, 4, U>(a, r, per_head, q, scores);
+  if (a.k.dim == 2 * lanes) return score<T, 2, U>(a, r, per_head, q, scores);
+  score<T, 0, U>(a, r, per_head, q, scores);
+}
+
+template <class T>
+void score_all(const PagedAttention& a, const Range& r, int64_t per_head, const typename Dot<T>::Q* q,
+               float* scores) {
+  if (per_head % 4 == 0) return score_any<T, 4>(a, r, per_head, q, scores);
+  if (per_head % 3 == 0) return score_any<T, 3>(a, r, per_head, q, scores);
+  if (per_head % 2 == 0) return score_any<T, 2>(a, r, per_head, q, scores);
+  score_any<T, 1>(a, r, per_head, q, scores);
+}
+
+// acc[g][NV vectors] += p[i][g] * row i, for i in [0, n), the vectors in the order of load_pair.
 template <class T, int G, int NV>
-inline void add_rows(const T* base, const int64_t* offsets, const float* p, int64_t n, float* acc,
+inline void add_rows(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
                      int64_t dim) {
   F a[G][NV];
   for (int g = 0; g < G; ++g)
     for (int d = 0; d < NV; ++d) a[g][d] = load(acc + g * dim + d * W);
   for (int64_t i = 0; i < n; ++i) {
+    prefetch(base + at[i + kAheadV], NV * W);
     F row[NV];
-    for (int d = 0; d < NV; ++d) row[d] = load(base + offsets[i] + d * W);
+    for (int d = 0; d < NV; d += 2) load_pair(base + at[i] + d * W, row[d], row[d + 1]);
     for (int g = 0; g < G; ++g) {
-      const F weight = set1(p[g * kSplit + i]);
+      const F weight = set1(p[i * stride + g]);
       for (int d = 0; d < NV; ++d) a[g][d] = fma(weight, row[d], a[g][d]);
     }
   }
@@ -83,124 +141,126 @@ inline void add_rows(const T* base, const int64_t* offsets, const float* p, int6
 }
 
 template <class T, int G>
-inline void add_rows_tail(const T* base, const int64_t* offsets, const float* p, int64_t n, float* acc,
-                          int64_t dim, int left) {
+inline void add_tail(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
+                     int64_t dim, int left) {
   F a[G];
   for (int g = 0; g < G; ++g) a[g] = load(acc + g * dim, left);
   for (int64_t i = 0; i < n; ++i) {
-    const F row = load(base + offsets[i], left);
-    for (int g = 0; g < G; ++g) a[g] = fma(set1(p[g * kSplit + i]), row, a[g]);
+    const F row = load(base + at[i], left);
+    for (int g = 0; g < G; ++g) a[g] = fma(set1(p[i * stride + g]), row, a[g]);
   }
   for (int g = 0; g < G; ++g) store(acc + g * dim, a[g], left);
 }
 
 template <class T, int G>
-inline void add_block(const T* base, const int64_t* offsets, const float* p, int64_t n, float* acc,
+inline void add_lanes(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
                       int64_t dim) {
   constexpr int wide = W == 16 ? (G <= 2 ? 8 : 4) : (G <= 2 ? 4 : 2);
   int64_t d = 0;
-  for (; d + wide * W <= dim; d += wide * W) add_rows<T, G, wide>(base + d, offsets, p, n, acc + d, dim);
-  for (; d + W <= dim; d += W) add_rows<T, G, 1>(base + d, offsets, p, n, acc + d, dim);
-  if (d < dim) add_rows_tail<T, G>(base + d, offsets, p, n, acc + d, dim, static_cast<int>(dim - d));
+  for (; d + wide * W <= dim; d += wide * W) add_rows<T, G, wide>(base + d, at, p, stride, n, acc + d, dim);
+  for (; d + 2 * W <= dim; d += 2 * W) add_rows<T, G, 2>(base + d, at, p, stride, n, acc + d, dim);
+  for (; d < dim; d += W)
+    add_tail<T, G>(base + d, at, p, stride, n, acc + d, dim, static_cast<int>(std::min<int64_t>(W, dim - d)));
 }
 
-// The same for any number of heads of one row, four at a time.
+// The same for any number of lanes that share the rows, four at a time.
 template <class T>
-inline void add_group(const T* base, const int64_t* offsets, const float* p, int64_t n, float* acc,
+inline void add_group(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
                       int64_t dim, int64_t group) {
-  for (; group >= 4; group -= 4, p += 4 * kSplit, acc += 4 * dim)
-    add_block<T, 4>(base, offsets, p, n, acc, dim);
-  if (group == 3) add_block<T, 3>(base, offsets, p, n, acc, dim);
-  if (group == 2) add_block<T, 2>(base, offsets, p, n, acc, dim);
-  if (group == 1) add_block<T, 1>(base, offsets, p, n, acc, dim);
+  for (; group >= 4; group -= 4, p += 4, acc += 4 * dim) add_lanes<T, 4>(base, at, p, stride, n, acc, dim);
+  if (group == 3) add_lanes<T, 3>(base, at, p, stride, n, acc, dim);
+  if (group == 2) add_lanes<T, 2>(base, at, p, stride, n, acc, dim);
+  if (group == 1) add_lanes<T, 1>(base, at, p, stride, n, acc, dim);
 }
 
-inline void prefetch_rows(const char* base, const int64_t* offsets, int64_t n, int64_t item, int64_t bytes) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(base + offsets[i] * item + b, 0, 2);
+// Probabilities in place of scores, and m and l of each lane.
+inline void softmax(const PagedAttention& a, const PagedSequence& s, const Range& r, float* scores,
+                    float* m_to, float* l_to) {
+  for (int64_t lane = 0; lane < r.lanes; lane += W) {
+    F m = set1(kMinusInf), l = zero();
+    for (int64_t i = r.low; i < r.high; ++i) {
+      const F x = to_logit(load(scores + i * r.stride + lane), a.scale, a.softcap);
+      store(scores + i * r.stride + lane, x);
+      m = max(m, x);
+    }
+    if (s.rows > 1) {  // lanes of several rows see different positions
+      const auto row_of = [&](int64_t j) { return (lane + j) % (s.rows * a.group) / a.group; };
+      int64_t low[W], high[W];
+      for (int64_t j = 0; j < W; ++j) {
+        low[j] = s.row_low(row_of(j), a.left) - r.start;
+        high[j] = s.row_high(row_of(j), a.right) - r.start;
+      }
+      m = set1(kMinusInf);
+      for (int64_t i = r.low; i < r.high; ++i) {
+        float* x = scores + i * r.stride + lane;
+        for (int64_t j = 0; j < W; ++j)
+          if (i < low[j] || i >= high[j]) x[j] = kMinusInf;
+        m = max(m, load(x));
+      }
+    }
+    float shift[W];
+    store(shift, m);
+    const int n = static_cast<int>(std::min<int64_t>(W, r.lanes - lane));
+    std::memcpy(m_to + lane, shift, n * sizeof(float));
+    for (float& x : shift) x = x == kMinusInf ? 0.0f : x;  // a lane that sees nothing: 2^-inf is 0
+    const F base = load(shift);
+    for (int64_t i = r.low; i < r.high; ++i) {
+      const F p = exp2(load(scores + i * r.stride + lane) - base);
+      store(scores + i * r.stride + lane, p);
+      l = l + p;
+    }
+    store(l_to + lane, l, n);
+  }
 }
 
 template <class T>
 void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, int64_t head_begin,
                 int64_t head_end, const Partial& partial) {
   using Q = typename Dot<T>::Q;
-  const int64_t start = split * kSplit, dim = a.k.dim, group = a.group, rows = s.rows;
-  const int64_t low = std::max(s.low, start) - start, high = std::min(s.high, start + kSplit) - start;
-  const int64_t from = low / W * W, to = (high + W - 1) / W * W;
-
-  // Offsets of the split's positions; beyond [low, high) those of its ends, whose scores are masked.
-  int64_t k_at[kSplit], v_at[kSplit];
-  a.offsets(a.k, s, start + low, start + high, k_at + low);
-  a.offsets(a.v, s, start + low, start + high, v_at + low);
-  for (int64_t i = from; i < low; ++i) k_at[i] = k_at[low];
-  for (int64_t i = high; i < to; ++i) k_at[i] = k_at[high - 1];
+  const int64_t dim = a.k.dim, per_head = s.rows * a.group;
+  Range r{};
+  r.head_begin = head_begin, r.head_end = head_end;
+  r.start = split * kSplit;
+  r.low = std::max(s.low, r.start) - r.start;
+  r.high = std::min(s.high, r.start + kSplit) - r.start;
+  r.lanes = (head_end - head_begin) * per_head;
+  r.stride = (r.lanes + 2 * W - 1) / W * W;
+  int64_t k_at[kSplit], v_at[kSplit + kAheadV];  // v_at has what a prefetch past the end looks at
+  a.offsets(a.k, s, r.start + r.low, r.start + r.high, k_at + r.low);
+  a.offsets(a.v, s, r.start + r.low, r.start + r.high, v_at + r.low);
+  for (int64_t i = 0; i < kAheadV; ++i) v_at[r.high + i] = v_at[r.high - 1];
+  r.k_at = k_at, r.v_at = v_at;
 
   struct Scores;
   struct Queries;
-  const int64_t heads = (head_end - head_begin) * group, vectors = rows * heads;
-  float* scores = scratch<Scores, float>(vectors * kSplit);  // [row][head of the range][kSplit]
-  Q* q = scratch<Queries, Q>(vectors * dim);                 // [row][head of the range][dim]
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t h = 0; h < heads; ++h) {
-      const T* from_q =
-          reinterpret_cast<const T*>(a.q) + (s.first_row + r) * a.q_row + (head_begin * group + h) * a.q_head;
-      Q* to_q = q + (r * heads + h) * dim;
-      if constexpr (std::is_same<T, Q>::value) {
-        std::memcpy(to_q, from_q, dim * sizeof(T));
-      } else {
-        int64_t d = 0;
-        for (; d + W <= dim; d += W) store(to_q + d, load(from_q + d));
-        if (d < dim) store(to_q + d, load(from_q + d, static_cast<int>(dim - d)), static_cast<int>(dim - d));
-      }
-    }
-
-  const T *keys = reinterpret_cast<const T*>(a.k.data), *values = reinterpret_cast<const T*>(a.v.data);
-  const int64_t row_bytes = dim * sizeof(T);
-  for (int64_t i = from; i < to; i += W)
-    for (int64_t h = head_begin; h < head_end; ++h) {
-      const T* base = keys + h * a.k.head_stride;
-      if (i + W < to)
-        prefetch_rows(reinterpret_cast<const char*>(base), k_at + i + W, W, sizeof(T), row_bytes);
-      else if (i == from + (to - from - W))
-        prefetch_rows(reinterpret_cast<const char*>(values + h * a.v.head_stride), v_at + low,
-                      std::min<int64_t>(W, high - low), sizeof(T), row_bytes);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t g = 0; g < group; ++g) {
-          const int64_t vector = r * heads + (h - head_begin) * group + g;
-          store(scores + vector * kSplit + i, dot_rows<T>(base, k_at + i, q + vector * dim, dim));
-        }
-    }
-
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row_low = std::min(std::max(s.row_low(r, a.left) - start, from), to);
-    const int64_t row_high = std::max(std::min(s.row_high(r, a.right) - start, to), row_low);
-    for (int64_t h = 0; h < heads; ++h) {
-      float* row = scores + (r * heads + h) * kSplit;
-      to_logits(row + from, to - from, a.scale, a.softcap);
-      for (int64_t i = from; i < row_low; ++i) row[i] = kMinusInf;
-      for (int64_t i = row_high; i < to; ++i) row[i] = kMinusInf;
-      const float m = row_max(row + from, to - from);
-      const int64_t vector = r * a.q_heads + head_begin * group + h;
-      partial.m[vector] = m;
-      partial.l[vector] = exp2_and_sum(row + from, to - from, m == kMinusInf ? 0.0f : m);
-      std::memset(partial.acc + vector * dim, 0, dim * sizeof(float));
-    }
+  float* scores = scratch<Scores, float>(kSplit * r.stride);
+  Q* q = scratch<Queries, Q>(r.lanes * dim);
+  for (int64_t lane = 0; lane < r.lanes; ++lane) {
+    const int64_t head = head_begin * a.group + lane / per_head * a.group + lane % a.group;
+    const T* from = reinterpret_cast<const T*>(a.q) + (s.first_row + lane % per_head / a.group) * a.q_row +
+                    head * a.q_head;
+    copy_row(from, q + lane * dim, dim);
   }
 
-  for (int64_t i = low; i < high; i += kBlock) {
-    const int64_t n = std::min(kBlock, high - i);
+  score_all<T>(a, r, per_head, q, scores);
+  const int64_t first = head_begin * per_head;
+  softmax(a, s, r, scores, partial.m + first, partial.l + first);
+
+  const T* values = reinterpret_cast<const T*>(a.v.data);
+  float* acc = partial.acc + first * dim;
+  std::memset(acc, 0, r.lanes * dim * sizeof(float));
+  for (int64_t i = r.low; i < r.high; i += kRows) {
+    const int64_t n = std::min(kRows, r.high - i);
     for (int64_t h = head_begin; h < head_end; ++h) {
       const T* base = values + h * a.v.head_stride;
-      if (i + kBlock < high)
-        prefetch_rows(reinterpret_cast<const char*>(base), v_at + i + kBlock,
-                      std::min(kBlock, high - i - kBlock), sizeof(T), row_bytes);
-      for (int64_t r = 0; r < rows; ++r) {  // only what the row attends to: a NaN elsewhere must not reach it
-        const int64_t begin = std::max(i, s.row_low(r, a.left) - start);
-        const int64_t count = std::min(i + n, s.row_high(r, a.right) - start) - begin;
-        if (count <= 0) continue;
-        const int64_t head = (h - head_begin) * group;
-        add_group<T>(base, v_at + begin, scores + (r * heads + head) * kSplit + begin, count,
-                     partial.acc + (r * a.q_heads + h * group) * dim, dim, group);
+      for (int64_t row = 0; row < s.rows;
+           ++row) {  // only what it attends to: a NaN elsewhere must not reach it
+        const int64_t begin = std::max(i, s.row_low(row, a.left) - r.start);
+        const int64_t count = std::min(i + n, s.row_high(row, a.right) - r.start) - begin;
+        const int64_t lane = (h - head_begin) * per_head + row * a.group;
+        if (count > 0)
+          add_group<T>(base, v_at + begin, scores + begin * r.stride + lane, r.stride, count,
+                       acc + lane * dim, dim, a.group);
       }
     }
   }

@@ -70,6 +70,28 @@ struct Dot<bf16> {
 };
 #endif
 
+// 2W elements as two vectors, in the order that is cheapest for their type, and back. bf16: the even elements
+// and the odd ones, a shift and a mask apart.
+template <class T>
+inline void load_pair(const T* p, F& a, F& b) {
+  a = load(p), b = load(p + W);
+}
+template <class T>
+inline void store_pair(T* p, F a, F b) {
+  store(p, a), store(p + W, b);
+}
+#if defined(__AVX512F__)
+inline void load_pair(const bf16* p, F& a, F& b) {
+  const __m512i x = _mm512_loadu_si512(p);
+  a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+inline void store_pair(bf16* p, F a, F b) {
+  const __m512i even = _mm512_cvtepu16_epi32(to_bf16(a)), odd = _mm512_cvtepu16_epi32(to_bf16(b));
+  _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+}
+#endif
+
 // tanh with a relative error under 4e-7: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
 inline F tanh_lanes(F x) {
   const F z = x * x, ax = abs(x);
@@ -87,34 +109,19 @@ inline F tanh_lanes(F x) {
   return load(s);
 }
 
-// Scores to base-2 logits in place: scale, and softcap where it is not 0.
-inline void to_logits(float* s, int64_t n, float scale, float softcap) {
+// A base-2 logit of q . k: scaled, and capped where softcap is not 0.
+inline F to_logit(F s, float scale, float softcap) {
   constexpr float log2e = 1.44269504088896341f;
-  if (softcap == 0.0f) {
-    const F k = set1(scale * log2e);
-    for (int64_t i = 0; i < n; i += W) store(s + i, load(s + i) * k);
-    return;
-  }
-  const F in = set1(scale / softcap), out = set1(softcap * log2e);
-  for (int64_t i = 0; i < n; i += W) store(s + i, tanh_lanes(load(s + i) * in) * out);
+  if (softcap == 0.0f) return s * set1(scale * log2e);
+  return tanh_lanes(s * set1(scale / softcap)) * set1(softcap * log2e);
 }
 
-inline float row_max(const float* s, int64_t n) {
-  F m = set1(-std::numeric_limits<float>::infinity());
-  for (int64_t i = 0; i < n; i += W) m = max(m, load(s + i));
-  return hmax(m);
-}
-
-// s = 2^(s - m), and the sum over all; lane i of the sum takes positions i, i + W, ...
-inline float exp2_and_sum(float* s, int64_t n, float m) {
-  const F shift = set1(m);
-  F sum = zero();
-  for (int64_t i = 0; i < n; i += W) {
-    const F p = exp2(load(s + i) - shift);
-    store(s + i, p);
-    sum = sum + p;
-  }
-  return hsum(sum);
+inline void copy_row(const bf16* from, bf16* to, int64_t n) { std::memcpy(to, from, n * sizeof(bf16)); }
+template <class T>
+inline void copy_row(const T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store(to + i, load(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
 }  // namespace pyarch
