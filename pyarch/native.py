@@ -19,6 +19,7 @@ import torch
 
 from . import arch
 
+_OPERATORS: dict[tuple[str, str], Callable] = {}
 _LIBRARY = torch.library.Library("pyarch", "DEF")
 _FOLDER = Path(__file__).parent
 _REBUILD = "pip install --no-build-isolation -e . (or make build)"
@@ -62,9 +63,12 @@ else:
     _no_triton = None
 
 
+_UNAVAILABLE = {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "reference": None}
+
+
 def unavailable(backend: str) -> str | None:
     """Why a backend ('cpu', 'cuda', 'triton', 'reference') cannot run in this process; None if it can."""
-    return {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "reference": None}[backend]
+    return _UNAVAILABLE[backend]
 
 
 def missing(name: str, backend: str) -> str | None:
@@ -82,6 +86,7 @@ def define(name: str, schema: str, fake: Callable, triton: str | None = None) ->
     for backend in ("cpu", "cuda", "triton"):
         _LIBRARY.define(f"{name}__{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"pyarch::{name}__{backend}", fake, lib=_LIBRARY)
+        _OPERATORS[name, backend] = getattr(torch.ops.pyarch, f"{name}__{backend}").default
     if triton is not None:
         module, function = triton.split(":")
 
@@ -103,4 +108,4 @@ def poison(on: bool) -> None:
 
 def operator(name: str, backend: str) -> Callable:
     """The torch operator of an op on a backend."""
-    return getattr(torch.ops.pyarch, f"{name}__{backend}").default
+    return _OPERATORS[name, backend]

@@ -11,6 +11,8 @@ NAMES = (None, "relu", "silu", "gelu", "gelu_tanh")
 
 def encode(activation: Activation) -> tuple[int, float]:
     """(code, slope) for the operators. Raises ValueError for an unknown activation."""
+    if activation is None:
+        return 0, 0.0
     if isinstance(activation, (tuple, list)) and len(activation) == 2 and activation[0] == "leaky_relu":
         return len(NAMES), float(activation[1])
     if activation not in NAMES:

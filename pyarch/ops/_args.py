@@ -27,8 +27,14 @@ def tensor(name: str, value: object, *, rank: int | None = None, dtypes: tuple[t
 
 def shape(name: str, value: torch.Tensor, *sizes: int) -> None:
     """Checks the exact shape."""
-    if tuple(value.shape) != sizes:
+    if value.shape != sizes:
         raise ValueError(f"{name}: shape must be {sizes}, not {tuple(value.shape)}")
+
+
+def writable(name: str, value: torch.Tensor) -> None:
+    """Checks that a tensor which is written to is not expanded, so that every element has memory of its own."""
+    if 0 in value.stride() and any(n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(f"{name}: is written to, so no two of its elements may share memory (it is expanded)")
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -39,6 +45,16 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def contiguous(t: Any) -> Any:
     """The tensor (or None), copied only if it is not contiguous."""
     return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x as (rows, columns): itself, at no cost, if it has two dimensions."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The opposite, for a result y with a row for each of rows(x)."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def row_contiguous(t: torch.Tensor) -> torch.Tensor:

@@ -41,8 +41,6 @@ from ..dispatch import Facts, Limits, Op
 from ..native import define, operator
 from . import _args, _attention
 
-TENSORS = ("q", "k", "v", "sinks", "bias", "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")
-
 
 def flash_attention(
     q: torch.Tensor,
@@ -68,7 +66,10 @@ def flash_attention(
     """
     options: dict[str, Any] = dict(causal=causal, window=window, softcap=softcap, scale=scale)
     tensors = (q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
-    named: dict[str, Any] = options | dict(zip(TENSORS, tensors, strict=True))
+    named: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "sinks": sinks, "bias": bias, "mask": mask, "alibi_slopes": alibi_slopes,
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **options,
+    }  # fmt: skip
     chosen = FLASH_ATTENTION.choose(backend, check(**named))
     if chosen == "reference":
         out, lse = flash_attention_reference(**named, return_lse=True)
@@ -243,13 +244,13 @@ def check(
 
 def _run(backend: str, tensors: tuple, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
-    full = (*q.shape[:3], k.shape[2])
+    scores = lambda t: None if t is None else t.expand(*q.shape[:3], k.shape[2])
     left, right = _attention.window(options["window"], options["causal"])
     return operator("flash_attention", backend)(
         q, k, v,
         None if sinks is None else sinks.float().contiguous(),
-        None if bias is None else bias.expand(full),
-        None if mask is None else mask.expand(full),
+        scores(bias),
+        scores(mask),
         None if slopes is None else slopes.float().contiguous(),
         None if cu_q is None else cu_q.contiguous(),
         None if cu_k is None else cu_k.contiguous(),

@@ -189,14 +189,16 @@ def _span(length: int, rows: int, left: int, right: int) -> tuple[int, int]:
 def check_append(k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Facts:
     """Checks kv_append's arguments and returns the facts that dispatch compares with its limits."""
     _check_caches(k_cache, v_cache)
-    for name, x in (("k", k), ("v", v)):
-        _args.tensor(name, x, rank=3, dtypes=(k_cache.dtype,), device=k_cache.device)
-        _args.shape(name, x, k.shape[0], *k_cache.shape[2:])
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if 0 in [stride for stride, size in zip(cache.stride(), cache.shape, strict=True) if size > 1]:
-            raise ValueError(f"{name}: is written to, so no two of its elements may share memory (it is expanded)")
-    _args.tensor("slot_mapping", slot_mapping, rank=1, dtypes=(torch.int64,), device=k_cache.device)
-    _args.shape("slot_mapping", slot_mapping, k.shape[0])
+    device, dtypes, (_, _, kv_heads, head_dim) = k_cache.device, (k_cache.dtype,), k_cache.shape
+    _args.tensor("k", k, rank=3, dtypes=dtypes, device=device)
+    tokens = k.shape[0]
+    _args.shape("k", k, tokens, kv_heads, head_dim)
+    _args.tensor("v", v, rank=3, dtypes=dtypes, device=device)
+    _args.shape("v", v, tokens, kv_heads, head_dim)
+    _args.writable("k_cache", k_cache)
+    _args.writable("v_cache", v_cache)
+    _args.tensor("slot_mapping", slot_mapping, rank=1, dtypes=(torch.int64,), device=device)
+    _args.shape("slot_mapping", slot_mapping, tokens)
     return _facts(k, k_cache, v_cache, _args.needs_grad(k, v, k_cache, v_cache))
 
 

@@ -117,13 +117,12 @@ def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_
 
 
 def _run(backend: str, x, weight: QuantizedTensor, bias, activation: Activation, act_bits) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((x.shape[:-1].numel(), x.shape[-1]))
-    code, slope = _activation.encode(activation)
-    tensors = (weight.q, weight.scale, weight.zero, weight.offset, weight.g_idx, bias)
+    dense, (code, slope) = _args.contiguous, _activation.encode(activation)
     y = operator("quant_matmul", backend)(
-        rows, *(None if t is None else t.contiguous() for t in tensors), weight.group_size, act_bits or 0, code, slope
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
+        _args.rows(x), dense(weight.q), dense(weight.scale), dense(weight.zero), dense(weight.offset),
+        dense(weight.g_idx), dense(bias), weight.group_size, act_bits or 0, code, slope,
+    )  # fmt: skip
+    return _args.like_rows(y, x)
 
 
 class _QuantMatmul(torch.autograd.Function):

@@ -74,10 +74,10 @@ def check(x: Any, weight: Any, *, eps: float = 1e-6, residual: Any = None) -> Fa
 
 
 def _run(backend: str, x, weight, residual, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    more = None if residual is None else residual.reshape(rows.shape).contiguous()
-    y, s = operator("rms_norm", backend)(rows, weight.contiguous(), more, eps)
-    return y.view(x.shape), s if residual is None else s.view(x.shape)
+    dense, rows = _args.contiguous, _args.rows
+    more = None if residual is None else dense(rows(residual))
+    y, s = operator("rms_norm", backend)(dense(rows(x)), dense(weight), more, eps)
+    return _args.like_rows(y, x), s if residual is None else _args.like_rows(s, x)
 
 
 class _RMSNorm(torch.autograd.Function):

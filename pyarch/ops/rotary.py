@@ -136,8 +136,7 @@ def check(
     table = torch.float64 if dtype == torch.float64 else torch.float32
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _args.tensor(name, cache, rank=4, dtypes=(dtype,), device=device)
-        if 0 in cache.stride() and any(n > 1 and s == 0 for n, s in zip(cache.shape, cache.stride(), strict=True)):
-            raise ValueError(f"{name}: is written to, so no two of its elements may share memory (it is expanded)")
+        _args.writable(name, cache)
     _, page_size, cached_heads, dim = k_cache.shape
     if page_size == 0 or cached_heads == 0 or dim == 0 or dim % 2:
         raise ValueError(

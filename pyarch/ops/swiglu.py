@@ -51,9 +51,7 @@ def check(x: Any) -> Facts:
 
 
 def _run(backend: str, x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = operator("swiglu", backend)(_args.row_contiguous(rows))
-    return y.view(*x.shape[:-1], y.shape[1])
+    return _args.like_rows(operator("swiglu", backend)(_args.row_contiguous(_args.rows(x))), x)
 
 
 class _SwiGLU(torch.autograd.Function):
