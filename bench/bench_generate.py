@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pyarch.models import Llama, generate
 
 from pyarch.cli import weights
+from pyarch.models import Llama, generate
 
 from ._contest import Entry, contest
 
