@@ -5,8 +5,10 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from io_files import TEXT, byte_level, made, sentencepiece, spelled
 
@@ -28,15 +30,25 @@ def merge_by_rank(symbols, rank):
         symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
 
 
+near = st.text(st.sampled_from("thecainb t  \n.é1234漢x🎉'"), max_size=60)  # what the small vocabularies have, mostly
+
+
 def test_byte_level_is_bpe_on_bytes():
     metadata = byte_level()
     rank = {tuple(m.split(" ")): i for i, m in enumerate(metadata["tokenizer.ggml.merges"])}
     vocab = {t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])}
-    words = re.findall(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+", TEXT)
-    want = [vocab[s] for w in words for s in merge_by_rank([*spelled(w)], rank)]
     tokenizer = made(metadata)
-    assert tokenizer.encode(TEXT) == want
-    assert tokenizer.decode(want) == TEXT
+
+    @settings(max_examples=300, deadline=None)
+    @given(near)
+    @example(TEXT)
+    def check(text):
+        words = re.findall(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+", text)
+        ids = [vocab[s] for w in words for s in merge_by_rank([*spelled(w)], rank)]
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+
+    check()
 
 
 def test_sentencepiece_joins_the_best_score():
@@ -45,12 +57,21 @@ def test_sentencepiece_joins_the_best_score():
     vocab = {t: i for i, t in enumerate(tokens)}
     joins = [t for t, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True) if kind == 1]
     rank = {(t[:i], t[i:]): -scores[vocab[t]] for t in joins for i in range(1, len(t))}
-    text = "that bath, the  hat in 2 漢 é"
-    want = [vocab[s] for s in merge_by_rank([*("▁" + text.replace(" ", "▁"))], rank)]
     tokenizer = made(metadata)
-    assert tokenizer.encode(text) == [1, *want]
-    assert tokenizer.encode(text, add_bos=False) == want
-    assert tokenizer.decode([1, *want]) == text
+
+    @settings(max_examples=300, deadline=None)
+    @given(near)
+    @example("that bath, the  hat in 2 漢 é")
+    def check(text):
+        if not text:
+            return
+        pieces = merge_by_rank([*("▁" + text.replace(" ", "▁"))], rank)
+        ids = [i for p in pieces for i in ([vocab[p]] if p in vocab else [vocab[f"<0x{b:02X}>"] for b in p.encode()])]
+        assert tokenizer.encode(text) == [1, *ids]
+        assert tokenizer.encode(text, add_bos=False) == ids
+        assert tokenizer.decode([1, *ids]) == text
+
+    check()
 
 
 def test_sentencepiece_falls_back_to_bytes():
@@ -83,6 +104,7 @@ def test_control_and_user_tokens():
     assert tokenizer.eos_ids == {end, other}  # the file's eos, and the one every chat model means
     assert tokenizer.vocab_size == len(tokens)
     assert tokenizer.decode([10**6]) == ""
+    assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(np.array(ids)) == "my catin"
     with pytest.raises(ValueError, match="ids"):
         tokenizer.decode([-1])
     with pytest.raises(ValueError, match="ids"):

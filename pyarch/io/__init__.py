@@ -24,7 +24,10 @@ class FileError(ValueError):
     """A file is truncated, corrupt, of a foreign kind, or holds what pyarch does not support."""
 
     def __init__(self, path: str | os.PathLike, fault: str) -> None:
-        super().__init__(f"{os.fspath(path)}: {fault}")
+        super().__init__(os.fspath(path), fault)  # both, so that it can be pickled
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
 
 
 def require(module: str) -> ModuleType:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from typing import Any
 
-SECONDS = 5
+SECONDS = 3
 MEMORY = 512 << 20  # bytes of address space
 OUTPUT = 8 << 20  # characters
 
@@ -48,9 +48,10 @@ def _limit() -> None:
         import resource
     except ImportError:  # not Linux: the caller's time limit remains
         return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)):
+        _, hard = resource.getrlimit(what)  # which may be lower already
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(what, (most, most))
 
 
 def _environment() -> Any:

@@ -39,7 +39,7 @@ from . import FileError, fill, regular_file, reopened, require, stamp
 
 MAX_RANK = 4
 MAX_DEPTH = 4  # arrays in arrays
-PIECE = 1 << 20  # bytes of a quantised tensor that are converted at a time: they and what they become stay in L2
+PIECE = 1 << 18  # bytes of a quantised tensor that are converted at a time: they and what they become stay in L2
 
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}  # value type -> struct code
 _STRING, _ARRAY = 8, 9
@@ -81,6 +81,8 @@ def load(path: str | os.PathLike) -> GGUF:
     with open(path, "rb") as file:
         header = _Header(path, file)
         metadata, infos = header.read()
+        if metadata.get("split.count", 1) not in (0, 1):
+            raise FileError(path, f"is one of {metadata['split.count']} parts of a model; only whole files are read")
         return GGUF(path, stamp(file), metadata, infos)
 
 
@@ -236,102 +238,125 @@ class _Tensors(Mapping):
 
     def _quantized(self, file: BinaryIO, name: str, info: TensorInfo) -> QuantizedTensor:
         n, k = info.shape
-        unpack, block, group = _UNPACK[info.type]
+        block, group, unpack = _UNPACK[info.type]
         row = info.nbytes // n
         rows = min(n, max(1, PIECE // row))
-        buffer = np.empty(rows * row, np.uint8)
+        buffer = np.empty(rows * (k // block), _BLOCKS[info.type])
         parts: list[torch.Tensor] = []  # torch's memory, for its alignment; filled through numpy
         for at in range(0, n, rows):
             m = min(rows, n - at)
-            blocks = buffer[: m * row].reshape(m * (k // block), -1)
+            blocks = buffer[: m * (k // block)]
             fill(self._path, file, blocks)
-            piece = [torch.from_numpy(a.reshape(m, -1)) for a in unpack(blocks)]
-            if not all(np.isfinite(t.numpy()).all() for t in piece[1:]):
+            piece = [a.reshape(m, -1) for a in unpack(blocks)]
+            if not all(map(_finite, piece[1:])):
                 raise FileError(self._path, f"tensor {name!r} has a scale that is not finite: corrupt")
-            parts = parts or [torch.empty(n, t.shape[1], dtype=t.dtype) for t in piece]
+            parts = parts or [torch.from_numpy(a).new_empty(n, a.shape[1]) for a in piece]
             for whole, part in zip(parts, piece, strict=True):
-                whole.numpy()[at : at + m] = part.numpy()
+                whole.numpy()[at : at + m] = part
         return QuantizedTensor(parts[0], parts[1], k, group, offset=parts[2] if len(parts) == 3 else None)
 
 
-# Each of these takes the bytes of B blocks, uint8 [B, block bytes], and gives (codes, scale) or (codes, scale, offset).
-# numpy, not torch: on pieces of this size torch's threads cost more than they bring, and wait for each other where
-# other programs run.
+def _finite(scales: np.ndarray) -> bool:
+    """By the bits: the exponent of an infinity or a NaN is all ones. (isfinite of fp16 takes ten times as long.)"""
+    bits, ones = (np.uint16, 0x7C00) if scales.dtype == np.float16 else (np.uint32, 0x7F800000)
+    return bool((np.bitwise_and(scales.view(bits), ones) != ones).all())
 
 
-def _half(x: np.ndarray) -> np.ndarray:
-    """Bytes [B, 2n] -> fp16 [B, n]."""
-    return x.copy().view(np.float16)
+# Unpacking, in numpy: on pieces of this size torch's threads cost more than they bring, and wait for each other where
+# other programs run. Fields of raw bytes ("V16") are copied out whole, because numpy is fast on long contiguous arrays
+# and slow on many short rows.
+
+_F2 = "<f2"
+_BLOCKS = {  # a block, front to back: numbers in fp16, 6-bit scales s, quants q, high bits of quants h
+    "Q4_0": np.dtype([("d", _F2), ("q", "V16")]),
+    "Q4_1": np.dtype([("d", _F2), ("m", _F2), ("q", "V16")]),
+    "Q5_0": np.dtype([("d", _F2), ("h", "V4"), ("q", "V16")]),
+    "Q5_1": np.dtype([("d", _F2), ("m", _F2), ("h", "V4"), ("q", "V16")]),
+    "Q8_0": np.dtype([("d", _F2), ("q", "V32")]),
+    "Q4_K": np.dtype([("d", _F2), ("m", _F2), ("s", "V12"), ("q", "V128")]),
+    "Q5_K": np.dtype([("d", _F2), ("m", _F2), ("s", "V12"), ("h", "V32"), ("q", "V128")]),
+    "Q6_K": np.dtype([("q", "V128"), ("h", "V64"), ("s", "V16"), ("d", _F2)]),
+}
 
 
-def _nibbles(x: np.ndarray) -> np.ndarray:
-    """[..., H] bytes whose low nibbles are elements 0..H-1 and high nibbles H..2H-1 -> the same codes, neighbours in a
-    byte, the even one low."""
-    pair = x.view("<u2")  # bits 0..3 and 8..11 are neighbours of the first half, 4..7 and 12..15 of the second
-    first, second = (pair & 0x0F) | (pair >> 4 & 0xF0), (pair >> 4 & 0x0F) | (pair >> 8 & 0xF0)
-    return np.concatenate((first, second), axis=-1, dtype=np.uint8, casting="unsafe")
+def _bytes(x: np.ndarray, field: str) -> np.ndarray:
+    """A field of B blocks, uint8 [B, bytes]."""
+    return x[field].copy().view(np.uint8).reshape(len(x), -1)
 
 
-def _low_and_fifth(x: np.ndarray, qh: np.ndarray) -> np.ndarray:
-    """int8 codes 0..31 [B, 32]: nibbles [B, 16] as above, and bit i of qh's little-endian 32 on top of code i."""
-    fifth = np.unpackbits(qh, axis=1, bitorder="little")
-    return (np.concatenate((x & 15, x >> 4), axis=1) | fifth << 4).view(np.int8)
+def _alternate(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray:
+    """size bytes of the first, size of the second, and so on."""
+    return np.stack((first.reshape(-1).view(f"V{size}"), second.reshape(-1).view(f"V{size}")), axis=1).view(np.uint8)
 
 
-def _q4_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _nibbles(x[:, 2:]), _half(x[:, :2])
+def _pairs(q: np.ndarray, half: int) -> np.ndarray:
+    """Codes two to a byte, neighbours together, the even one low; from `half` bytes at a time that hold one element in
+    their low nibbles and the element `half` places on in their high ones."""
+    two = q.reshape(-1).view(
+        "<u2"
+    )  # bits 0..3 and 8..11 are neighbours of the first half, 4..7 and 12..15 of the second
+    first, second = (two & 0x0F) | (two >> 4 & 0xF0), (two >> 4 & 0x0F) | (two >> 8 & 0xF0)
+    return _alternate(first.astype(np.uint8), second.astype(np.uint8), half // 2)
 
 
-def _q4_1(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _nibbles(x[:, 4:]), _half(x[:, :2]), _half(x[:, 2:4])
+def _singles(q: np.ndarray, half: int) -> np.ndarray:
+    """The same codes, one to a byte."""
+    return _alternate(q & 15, q >> 4, half)
 
 
-def _q5_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _low_and_fifth(x[:, 6:], x[:, 2:6]) - np.int8(16), _half(x[:, :2])
+def _fifth_bits(h: np.ndarray) -> np.ndarray:
+    """[B, 4] bytes -> [B, 32]: bit i of the little-endian word, as 0 or 16."""
+    return np.unpackbits(h, axis=1, bitorder="little") << 4
 
 
-def _q5_1(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _low_and_fifth(x[:, 8:], x[:, 4:8]), _half(x[:, :2]), _half(x[:, 2:4])
-
-
-def _q8_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return x[:, 2:].view(np.int8), _half(x[:, :2])
+def _bit_planes(h: np.ndarray, width: int) -> np.ndarray:
+    """[..., 32] bytes -> [..., 8 / width, 32]: bits 0.. of every byte, then the next `width` bits, ..., at bit 4."""
+    planes = [((h >> at & 2**width - 1) << 4).reshape(-1).view("V32") for at in range(0, 8, width)]
+    return np.stack(planes, axis=-1).view(np.uint8)
 
 
 def _k_scales(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first 16 bytes of a Q4_K or Q5_K block -> scale and offset, fp32 [B, 8].
+    """Scale and offset of Q4_K or Q5_K, fp32 [B, 8].
 
-    d and dmin in fp16, then 12 bytes s: scale j is s[j] & 63 and minimum j is s[j+4] & 63 for j < 4; for j >= 4 their
-    low four bits are the nibbles of s[j+4] and their high two bits the top bits of s[j-4] and s[j].
+    Of the 12 bytes s, scale j is s[j] & 63 and minimum j is s[j+4] & 63 for j < 4; for j >= 4 their low four bits are
+    the nibbles of s[j+4] and their high two bits the top bits of s[j-4] and s[j].
     """
-    d = _half(x[:, :4]).astype(np.float32)
-    s, m, low = x[:, 4:8], x[:, 8:12], x[:, 12:16]
+    s, m, low = np.split(_bytes(x, "s"), 3, axis=1)
     scales = np.concatenate((s & 63, (low & 15) | (s >> 6 << 4)), axis=1)
     minimums = np.concatenate((m & 63, (low >> 4) | (m >> 6 << 4)), axis=1)
-    return d[:, :1] * scales, -(d[:, 1:] * minimums)
+    return x["d"].astype(np.float32)[:, None] * scales, -(x["m"].astype(np.float32)[:, None] * minimums)
 
 
-def _q4_k(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _nibbles(x[:, 16:].reshape(-1, 4, 32)), *_k_scales(x[:, :16])
+def _q4(x: np.ndarray) -> np.ndarray:
+    return _pairs(_bytes(x, "q"), 16)
 
 
-def _q5_k(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    high = x[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [B, 8, 32]
-    q = x[:, 48:].reshape(-1, 4, 1, 32)
-    low = np.concatenate((q & 15, q >> 4), axis=2).reshape(-1, 8, 32)
-    return (low | high << 4).view(np.int8), *_k_scales(x[:, :16])
+def _q5(x: np.ndarray) -> np.ndarray:
+    return (_singles(_bytes(x, "q"), 16).reshape(-1, 32) | _fifth_bits(_bytes(x, "h"))).view(np.int8)
 
 
-def _q6_k(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    q = x[:, :128].reshape(-1, 2, 1, 64)
-    low = np.concatenate((q & 15, q >> 4), axis=2).reshape(-1, 2, 4, 32)  # [B, half of the block, quarter, element]
-    high = x[:, 128:192].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    codes = (low | high << 4).view(np.int8) - np.int8(32)
-    return codes, _half(x[:, 208:]).astype(np.float32) * x[:, 192:208].view(np.int8)
+def _q5_k(x: np.ndarray) -> np.ndarray:
+    low, high = _singles(_bytes(x, "q"), 32), _bit_planes(_bytes(x, "h"), 1)
+    return (low.reshape(-1) | high.reshape(-1)).view(np.int8)
+
+
+def _q6_k(x: np.ndarray) -> np.ndarray:
+    low, high = _singles(_bytes(x, "q"), 64), _bit_planes(_bytes(x, "h"), 2)
+    return (low.reshape(-1) | high.reshape(-1)).view(np.int8) - np.int8(32)
+
+
+def _q6_k_scales(x: np.ndarray) -> np.ndarray:
+    return x["d"].astype(np.float32)[:, None] * _bytes(x, "s").view(np.int8)
 
 
 _Unpack = Callable[[np.ndarray], tuple[np.ndarray, ...]]
-_UNPACK: dict[str, tuple[_Unpack, int, int]] = {  # type -> unpack, elements in a block, group_size
-    "Q4_0": (_q4_0, 32, 32), "Q4_1": (_q4_1, 32, 32), "Q5_0": (_q5_0, 32, 32), "Q5_1": (_q5_1, 32, 32),
-    "Q8_0": (_q8_0, 32, 32), "Q4_K": (_q4_k, 256, 32), "Q5_K": (_q5_k, 256, 32), "Q6_K": (_q6_k, 256, 16),
-}  # fmt: skip
+_UNPACK: dict[str, tuple[int, int, _Unpack]] = {  # type -> elements in a block, group_size, (codes, scale[, offset])
+    "Q4_0": (32, 32, lambda x: (_q4(x), x["d"])),
+    "Q4_1": (32, 32, lambda x: (_q4(x), x["d"], x["m"])),
+    "Q5_0": (32, 32, lambda x: (_q5(x) - np.int8(16), x["d"])),
+    "Q5_1": (32, 32, lambda x: (_q5(x), x["d"], x["m"])),
+    "Q8_0": (32, 32, lambda x: (_bytes(x, "q").view(np.int8), x["d"])),
+    "Q4_K": (256, 32, lambda x: (_pairs(_bytes(x, "q"), 32), *_k_scales(x))),
+    "Q5_K": (256, 32, lambda x: (_q5_k(x), *_k_scales(x))),
+    "Q6_K": (256, 16, lambda x: (_q6_k(x), _q6_k_scales(x))),
+}

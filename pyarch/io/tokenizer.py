@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,6 +56,7 @@ class Tokenizer:
         backend: Any,
         source: str,
         *,
+        vocab_size: int,
         kind: Literal["bytes", "spaces"],
         space_prefix: bool,
         bos_id: int | None,
@@ -65,11 +67,10 @@ class Tokenizer:
     ) -> None:
         self._backend, self._source, self._kind, self._space_prefix = backend, source, kind, space_prefix
         self.bos_id, self.add_bos, self.eos_ids, self.chat_template = bos_id, add_bos, eos_ids, chat_template
-        self._names = names
+        self.vocab_size, self._names = vocab_size, names
         self._added = backend.get_added_tokens_decoder()
         self._special = {i for i, token in self._added.items() if token.special}
         self.eos_ids |= {i for i in self._special if self._added[i].content in _END_NAMES}
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._bytes: dict[int, bytes] = {}
 
     def __repr__(self) -> str:
@@ -100,7 +101,7 @@ class Tokenizer:
         first word stays (SentencePiece writes one before every text, which decode takes away)."""
         return Stream(self, skip_special, strip=self._space_prefix and not continues)
 
-    def chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation: messages are dicts with "role" and "content"; variables reach the template.
 
         The template is foreign code; see chat_template.py. Raises ValueError where it refuses or fails.
@@ -114,14 +115,13 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to the text; control tokens their name."""
+        token = _id(token)
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._spell(token)
         return known
 
     def _spell(self, token: int) -> bytes:
-        if not isinstance(token, int) or token < 0:
-            raise ValueError(f"ids: a token must be an int of at least 0, not {token!r}")
         if token in self._added:
             return self._added[token].content.encode()
         text = self._backend.id_to_token(token) if token < self.vocab_size else None
@@ -142,7 +142,7 @@ class Stream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        if token in self._skip:
+        if _id(token) in self._skip:
             return ""
         data = self._tokenizer.token_bytes(token)
         if self._strip and data:
@@ -152,6 +152,17 @@ class Stream:
 
     def end(self) -> str:
         return self._utf8.decode(b"", final=True)
+
+
+def _id(token: Any) -> int:
+    """A Python int of any integer, a tensor of one too: those hash by identity."""
+    try:
+        number = operator.index(token)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"ids: a token must be an int of at least 0, not {token!r}")
+    return number
 
 
 def _byte_characters() -> dict[str, bytes]:
@@ -201,6 +212,7 @@ def from_gguf(gguf: GGUF) -> Tokenizer:
     return Tokenizer(
         backend,
         gguf.path,
+        vocab_size=count,
         kind="bytes" if model == "gpt2" else "spaces",
         space_prefix=space_prefix,
         bos_id=ids["bos"],
@@ -256,6 +268,7 @@ def from_folder(path: str | os.PathLike) -> Tokenizer:
     return Tokenizer(
         backend,
         os.fspath(folder),
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
         kind="bytes" if "ByteLevel" in decoders else "spaces",
         space_prefix=prefix,
         bos_id=bos,
