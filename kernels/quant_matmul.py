@@ -177,12 +177,13 @@ def forward(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, activa
     y = x.new_empty((m, n))
     if m == 0 or n == 0:
         return y
-    config = config_for((m, n, k), x.dtype, capability())
-    return launch(config, y, x, q, scale, zero, offset, bias, group_size, activation, slope)
+    with on_device_of(x):
+        config = config_for((m, n, k), x.dtype, capability())
+        return launch(config, y, x, q, scale, zero, offset, bias, group_size, activation, slope)
 
 
 def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activation, slope):
-    """Fills and returns y (M, N) with the given config."""
+    """Fills and returns y (M, N) with the given config, on the current GPU."""
     (m, k), n, groups = x.shape, q.shape[0], scale.shape[1]
     q, scale = q.contiguous(), scale.contiguous()
     shift = zero if zero is not None else offset
@@ -195,18 +196,17 @@ def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activ
     bias = y if bias is None else bias.contiguous()
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), config.split_k)
     options = dict(enable_fp_fusion=True)  # a multiply and an add become one rounding, whatever Triton's default
-    with on_device_of(x):
-        _matmul_kernel[grid](
-            x, q, scale, y if shift is None else shift.contiguous(), bias, y, partial,
-            m, n, k, groups, x.stride(0), x.stride(1), q.stride(0), slope,
-            STEPS=steps, STEPS_PER_GROUP=0 if groups == 1 else group_size // bk,
-            BITS=4 if q.dtype == torch.uint8 else 8, SHIFT=shift_kind,
-            EVEN_K=k == bk * steps * config.split_k, BM=config.block_m, BN=config.block_n, BK=bk,
-            num_warps=config.num_warps, num_stages=config.num_stages, **epilogue, **options,
-        )  # fmt: skip
-        if config.split_k > 1:
-            grid = (triton.cdiv(n, 1024), m)
-            _reduce_kernel[grid](partial, bias, y, m, n, slope, BN=1024, num_warps=4, **epilogue, **options)
+    _matmul_kernel[grid](
+        x, q, scale, y if shift is None else shift.contiguous(), bias, y, partial,
+        m, n, k, groups, x.stride(0), x.stride(1), q.stride(0), slope,
+        STEPS=steps, STEPS_PER_GROUP=0 if groups == 1 else group_size // bk,
+        BITS=4 if q.dtype == torch.uint8 else 8, SHIFT=shift_kind,
+        EVEN_K=k == bk * steps * config.split_k, BM=config.block_m, BN=config.block_n, BK=bk,
+        num_warps=config.num_warps, num_stages=config.num_stages, **epilogue, **options,
+    )  # fmt: skip
+    if config.split_k > 1:
+        grid = (triton.cdiv(n, 1024), m)
+        _reduce_kernel[grid](partial, bias, y, m, n, slope, BN=1024, num_warps=4, **epilogue, **options)
     return y
 
 
