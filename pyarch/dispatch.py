@@ -116,6 +116,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced_in_graphs = next(reversed(_blocks.values()), "auto")
 
 
+def forced() -> str:
+    """What `use_backend` says here; "auto" outside its blocks."""
+    return _forced.get()
+
+
 def backends() -> dict[str, str | None]:
     """Every backend, with None where it can run in this process and the reason where it cannot."""
     return {name: native.unavailable(name) for name in BACKENDS}

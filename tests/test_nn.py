@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import pyarch
 from pyarch import nn
+from pyarch._instruments import Operators
 from pyarch.quantized import QuantizedTensor, concat
 
 
@@ -245,3 +246,74 @@ def test_attention_refuses():
         nn.Attention(8, 3, 2, 4)
     with pytest.raises(ValueError, match="window"):
         nn.Attention(8, 2, 2, 4, window=0)
+
+
+def build_layers():
+    norm = nn.RMSNorm(64)
+    return {
+        "quant_matmul": (nn.QuantizedLinear(weight(32, 64), torch.randn(32)), 64),
+        "rms_norm": (norm, 64),
+        "swiglu": (nn.SwiGLU(64, 48), 64),
+    }
+
+
+class TestDirectCalls:
+    """The second call of a module goes straight to the operator; it must be the call that the checks would allow."""
+
+    @pytest.mark.parametrize("name", build_layers())
+    def test_same_bits_and_backend(self, name):
+        layer, width = build_layers()[name]
+        x = torch.randn(3, width)
+        with torch.no_grad():
+            first = layer(x)
+            with Operators() as seen:
+                second = layer(x)
+            assert f"pyarch::{name}__cpu" in [call.name() for call, _ in seen.calls]
+            assert torch.equal(first, second)
+            with pyarch.use_backend("reference"), Operators() as seen:
+                third = layer(x)
+            assert seen.calls == []
+            torch.testing.assert_close(third, second, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("name", build_layers())
+    def test_other_inputs_after_it(self, name):
+        layer, width = build_layers()[name]
+        with torch.no_grad():
+            x = torch.randn(3, width)
+            layer(x)
+            want = layer(x)
+            for other in (x.t().contiguous().t(), x[None, :, :], x.repeat(1, 2)[:, :width]):
+                torch.testing.assert_close(layer(other).reshape(want.shape), want)
+            assert layer.double()(x.double()).dtype == torch.float64
+        assert layer.float()(x.requires_grad_()).requires_grad
+
+    def test_replaced_tensors_are_seen(self):
+        layer, x = nn.QuantizedLinear(weight(8, 64), torch.randn(8)), torch.randn(2, 64)
+        other = nn.QuantizedLinear(weight(8, 64), torch.randn(8))
+        with torch.no_grad():
+            layer(x), layer(x)
+            got = torch.func.functional_call(layer, other.state_dict(), (x,))
+            assert torch.equal(got, other(x))
+            layer.scale = other.scale
+            assert torch.equal(layer(x), nn.QuantizedLinear(layer.weight, layer.bias)(x))
+            layer.bias = other.bias
+            layer.load_state_dict(other.state_dict(), assign=True)
+            assert torch.equal(layer(x), other(x))
+            layer.act_bits = 8
+            assert torch.equal(layer(x), pyarch.quant_matmul(x, other.weight, other.bias, act_bits=8))
+
+    def test_another_width_is_still_refused(self):
+        layer = nn.QuantizedLinear(weight(8, 64))
+        with torch.no_grad():
+            layer(torch.randn(2, 64))
+            with pytest.raises(ValueError, match="^x"):
+                layer(torch.randn(2, 63))
+
+
+def test_layers_compile():
+    layer = torch.nn.Sequential(nn.RMSNorm(64), nn.QuantizedLinear(weight(64, 64)), nn.SwiGLU(64, 32))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        want = layer(x)
+        got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, want)

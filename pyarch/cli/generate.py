@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._instruments import Operators
 from ..dispatch import BACKENDS, use_backend
 from ..models import Llama, generate
 from . import weights
@@ -76,24 +76,12 @@ class Run:
             yield token
 
 
-class _Operators(TorchDispatchMode):
-    """Notes the pyarch operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "pyarch":
-            self.seen.add(func._schema.name.removeprefix("pyarch::"))
-        return func(*args, **(kwargs or {}))
-
-
 def operators(model: Llama, prompt: list[int]) -> dict[str, str]:
     """The backend of each pyarch op in one more step of the model; an empty dict is plain PyTorch throughout."""
-    with _Operators() as mode:
+    with Operators() as seen:
         list(generate(model, prompt[-1:], max_tokens=1))
-    return dict(sorted(name.rsplit("__", 1) for name in mode.seen))
+    names = {operator.name().removeprefix("pyarch::") for operator, _ in seen.calls}
+    return dict(sorted(name.rsplit("__", 1) for name in names))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -29,9 +29,17 @@ class QuantizedModule(torch.nn.Module):
     @property
     def weight(self) -> QuantizedTensor:
         """The weight [out_features, in_features]."""
-        if self._weight is None:
-            self._weight = QuantizedTensor(**{f.name: getattr(self, f.name) for f in fields(QuantizedTensor)})
-        return self._weight
+        kept, b = self._weight, self._buffers
+        if (
+            kept is None
+            or kept.q is not b["q"]
+            or kept.scale is not b["scale"]
+            or kept.zero is not b["zero"]
+            or kept.offset is not b["offset"]
+            or kept.g_idx is not b["g_idx"]
+        ):
+            kept = self._weight = QuantizedTensor(**{f.name: getattr(self, f.name) for f in fields(QuantizedTensor)})
+        return kept
 
     def _apply(self, fn, recurse=True):
         # As bytes, which move but are never cast: scales keep the dtype of their source.
