@@ -268,7 +268,8 @@ def test_a_value_no_row_attends_to_does_not_matter(dtype):
         own = torch.arange(300 - rows, 300)
         sees = (position <= own) & (position >= own - left)
         assert out[sees].isnan().all(), f"position {position}"
-        assert same(out[~sees], clean[~sees]), f"position {position}"
+        tolerance = 4 * torch.finfo(dtype).eps  # such a prompt takes another route, with other roundings
+        torch.testing.assert_close(out[~sees], clean[~sees], rtol=tolerance, atol=tolerance)
 
 
 def test_table_entries_before_the_window_are_not_used():

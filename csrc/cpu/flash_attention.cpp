@@ -67,6 +67,10 @@ std::vector<Sequence> sequences_of(const Tensor& q, const Tensor& k, const std::
   return all;
 }
 
+}  // namespace
+
+namespace flash {
+
 template <class T>
 void run(const Call<T>& call, const std::vector<Sequence>& sequences, int64_t kv_heads) {
   std::vector<Piece> pieces;
@@ -99,6 +103,14 @@ void run(const Call<T>& call, const std::vector<Sequence>& sequences, int64_t kv
   else
     parallel_tasks(count, one);
 }
+
+template void run(const Call<float>&, const std::vector<Sequence>&, int64_t);
+template void run(const Call<bf16>&, const std::vector<Sequence>&, int64_t);
+template void run(const Call<fp16>&, const std::vector<Sequence>&, int64_t);
+
+}  // namespace flash
+
+namespace {
 
 std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
                                            std::optional<Tensor> bias, std::optional<Tensor> mask,
@@ -153,6 +165,7 @@ std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v, std::op
     call.slopes_stride = slopes && slopes->dim() == 2 ? heads : 0;
     call.out = static_cast<T*>(out.data_ptr()), call.lse = static_cast<float*>(lse.data_ptr());
     call.heads = heads, call.group = heads / kv_heads, call.rows = rows;
+    call.head_step = rows, call.row_step = 1;
     call.head_dim = q.size(3), call.value_dim = v.size(3);
     call.left = left < 0 ? kUnbounded : std::min(left, kUnbounded);
     call.right = right < 0 ? kUnbounded : std::min(right, kUnbounded);

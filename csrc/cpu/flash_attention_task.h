@@ -4,6 +4,8 @@
 // of keys start at multiples of kKeys, and a masked key adds exactly nothing.
 #pragma once
 
+#include <vector>
+
 #include "flash_attention_tile.h"
 #include "tensor.h"
 
@@ -28,12 +30,17 @@ struct Call {
   const float* sinks;     // [heads] or null
   const float* slopes;    // or null
   int64_t slopes_stride;  // between sequences, 0 if they share them
-  T* out;                 // [batch][heads][rows][value_dim]
-  float* lse;             // [batch][heads][rows]
+  T* out;                 // rows of value_dim, head_step rows from head to head, row_step from query to query
+  float* lse;             // likewise, one number a row
   int64_t heads, group, rows, head_dim, value_dim;
   int64_t left, right;  // keys that a row may see beside its own; large if all
+  int64_t head_step, row_step;
   float scale, softcap;
 };
+
+// All tasks of a call, on torch's threads. paged_attention runs its prompts through it too.
+template <class T>
+void run(const Call<T>& call, const std::vector<Sequence>& sequences, int64_t kv_heads);
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -263,7 +270,7 @@ class Task {
       const int count = std::min(W, rows - r * W);
       for (int i = 0; i < count; ++i) {
         const int m = r * W + i;
-        row[i] = (s.batch * c.heads + head[m]) * c.rows + s.q_start + query[m];
+        row[i] = s.batch * c.heads * c.rows + head[m] * c.head_step + (s.q_start + query[m]) * c.row_step;
         c.lse[row[i]] = sum[i] == 0.0f ? -kInf : top[i] * kLn2 + std::log(sum[i]);
       }
       for (int64_t d = 0; d < c.value_dim; d += W) {

@@ -1,4 +1,4 @@
-// paged_attention: checks every value, then hands sequences to the kernel for few rows.
+// paged_attention: checks every value, then hands each sequence to the kernel for its number of rows.
 #include "paged_kv_attention.h"
 
 #include "paged_kv_few.h"
@@ -6,6 +6,7 @@
 namespace pyarch {
 namespace {
 
+constexpr int64_t kPromptLanes = 16;  // rows * group from which flash attention's tiles are the faster ones
 constexpr int64_t kRoundFloats =
     4 << 20;  // partial results in memory at a time, unless one sequence has more
 constexpr int64_t kSerialBytes = 128 << 10;  // less of the cache than this is read by one thread
@@ -110,6 +111,10 @@ void attend_few(const PagedAttention& a, const std::vector<PagedSequence>& seque
   if (!round.empty()) attend_round<T>(a, round, floats, std::max<int64_t>(1, splits), positions);
 }
 
+template void attend_few<float>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<bf16>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<fp16>(const PagedAttention&, const std::vector<PagedSequence>&);
+
 namespace {
 
 int64_t int32_at(const Tensor& t, int64_t i) {
@@ -138,9 +143,8 @@ std::vector<PagedSequence> check_values(const PagedAttention& a, int64_t total, 
     s.length = int32_at(seq_lens, b);
     PYARCH_CHECK(s.length >= 0 && s.length <= capacity, "seq_lens: entry ", b, " is ", s.length,
                  ", allowed are 0 to ", capacity, " (what block_table can hold)");
-    s.low = std::max<int64_t>(0, s.length - s.rows - a.left);
-    s.high = std::min(s.length, s.length + a.right);
-    if (s.rows == 0 || s.low >= s.high) s.low = s.high = 0;
+    s.position = s.length - s.rows;
+    if (s.rows > 0) s.set_span(a.left, a.right);
     s.table = static_cast<const int32_t*>(block_table.data_ptr()) + b * row;
     for (int64_t i = s.low / a.k.page_size; i * a.k.page_size < s.high; ++i) {
       const int64_t page = s.table[i * a.table_stride];
@@ -199,12 +203,19 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
     });
     a.sinks = sink.data();
   }
-  const std::vector<PagedSequence> sequences = check_values(a, total, block_table, seq_lens, cu_seqlens_q);
+  std::vector<PagedSequence> prompts, few;
+  for (const PagedSequence& s : check_values(a, total, block_table, seq_lens, cu_seqlens_q))
+    (s.rows > 1 && s.rows * a.group >= kPromptLanes && a.k.dim <= 512 && s.low < s.high ? prompts : few)
+        .push_back(s);
   Tensor out = empty({total, a.q_heads, a.k.dim}, q.scalar_type());
   Tensor lse = empty({total, a.q_heads}, ScalarType::Float);
   a.out = static_cast<char*>(out.data_ptr());
   a.lse = static_cast<float*>(lse.data_ptr());
-  with_float_type(q.scalar_type(), "q", [&](auto tag) { attend_few<decltype(tag)>(a, sequences); });
+  with_float_type(q.scalar_type(), "q", [&](auto tag) {
+    using T = decltype(tag);
+    for (const PagedSequence& s : prompts) attend_prompt<T>(a, s);
+    attend_few<T>(a, few);
+  });
   return {out, lse};
 }
 

@@ -15,13 +15,18 @@ constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 struct PagedSequence {
   int64_t first_row, rows;  // its rows of q
   int64_t length;           // its tokens in the cache
+  int64_t position;         // where its first row stands
   int64_t low, high;        // the positions [low, high) that any of its rows attends to
   const int32_t* table;     // the page of positions i * page_size and up, at table[i * table_stride]
 
   // What row i attends to.
-  int64_t row_low(int64_t i, int64_t left) const { return std::max<int64_t>(0, length - rows + i - left); }
+  int64_t row_low(int64_t i, int64_t left) const { return std::max<int64_t>(0, position + i - left); }
   int64_t row_high(int64_t i, int64_t right) const {
-    return std::max<int64_t>(0, std::min(length, length - rows + i + right + 1));
+    return std::max<int64_t>(0, std::min(length, position + i + right + 1));
+  }
+  void set_span(int64_t left, int64_t right) {
+    low = row_low(0, left), high = row_high(rows - 1, right);
+    if (low >= high) low = high = 0;
   }
 };
 
@@ -52,5 +57,9 @@ struct PagedAttention {
 // it.
 template <class T>
 void attend_few(const PagedAttention& a, const std::vector<PagedSequence>& sequences);
+
+// One sequence with many rows: its pages are gathered once, and flash attention's tiles do the rest.
+template <class T>
+void attend_prompt(const PagedAttention& a, const PagedSequence& sequence);
 
 }  // namespace pyarch
