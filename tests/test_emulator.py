@@ -4,6 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 KERNELS = ROOT / "tests/emulator_kernels.cu"
 SEEDS = range(1, 9)
+LAYOUTS = ("dense", "fused projection", "interleaved", "misaligned")
 Pointer = ctypes.c_void_p
+
+
+def compile_for_host(library: Path, *sources: Path, flags: tuple[str, ...] = ("-Wextra", "-Werror"), link=()) -> None:
+    own = ["-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", "-DPYARCH_EMU", f"-I{CSRC / 'emu'}", f"-I{CSRC / 'cuda'}"]
+    files = ["-x", "c++", CSRC / "emu/emu.cpp", *sources, "-x", "none"]
+    subprocess.run(["c++", *own, *flags, "-o", library, *files, *link], check=True)
 
 
 class Emulated:
@@ -23,10 +31,7 @@ class Emulated:
 
     def __init__(self, source: Path, folder: Path):
         library = folder / f"{source.stem}.so"
-        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-DPYARCH_EMU"]
-        includes = [f"-I{CSRC / folder}" for folder in ("emu", "cuda")]
-        files = ["-x", "c++", source, CSRC / "emu/emu.cpp"]
-        subprocess.run(["c++", *flags, *includes, *files, "-o", library], check=True)
+        compile_for_host(library, source)
         self.library = ctypes.CDLL(str(library))
         self.library.pyarch_emu_seed.argtypes = [ctypes.c_uint64]
         self.library.pyarch_emu_allow.argtypes = [Pointer, ctypes.c_uint64]
@@ -185,7 +190,7 @@ def case(layout, dtype, tokens=7, heads=3, dim=16, pages=4, page_size=5):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["dense", "fused projection", "interleaved", "misaligned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", [16, 72, 3])
 def test_kv_append(paged_kv, layout, dtype, dim):
     for seed, tokens in enumerate((7, 1, 19)):
@@ -219,3 +224,17 @@ def test_kv_append_touches_nothing_else(paged_kv):
     for missing in range(5):
         allow = [t for i, t in enumerate(arguments) if i != missing]
         assert "outside every allocation" in append(paged_kv, *arguments, allow=allow)
+
+
+def test_operators(tmp_path):
+    """The whole way from torch.ops on CPU tensors: emulated_operators.py."""
+    from torch.utils import cpp_extension
+
+    library = tmp_path / "operators.so"
+    sources = [CSRC / "cuda/bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{p}" for p in cpp_extension.include_paths())]
+    folder = Path(torch.__file__).parent / "lib"
+    compile_for_host(library, *sources, flags=(*flags, f"-I{CSRC / 'include'}"), link=(f"-L{folder}", "-ltorch_cpu"))
+    command = [sys.executable, ROOT / "tests/emulated_operators.py", library]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,27 +1,10 @@
 // The CUDA operators: each rechecks what memory safety needs, then queues its kernel on the current stream of
 // the tensors' GPU. Compiled by g++ against torch's stable ABI; the kernels know nothing of torch.
-#include <torch/csrc/stable/accelerator.h>
-
+#include "on_device.h"
 #include "paged_kv.h"
-#include "tensor.h"
 
 namespace pyarch {
 namespace {
-
-// Makes the tensor's GPU the current one while it lives, and gives that GPU's current stream.
-class OnDeviceOf {
- public:
-  explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
-    PYARCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
-                 "no CUDA stream on device ", t.get_device_index());
-  }
-  void* stream = nullptr;
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
-void queued(const char* op, const char* error) { PYARCH_CHECK(!error, op, ": CUDA: ", error); }
 
 void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping) {
   PYARCH_CHECK(k.dim() == 3 && v.dim() == 3, "k, v: must be (tokens, heads, dim)");
@@ -50,9 +33,7 @@ void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
     const Tensor &from = *sources[i], &to = *caches[i];
     PYARCH_CHECK(from.scalar_type() == dtype && to.scalar_type() == dtype,
                  "v, k_cache, v_cache: dtype must be k's");
-    PYARCH_CHECK(from.get_device_index() == k.get_device_index() && from.is_cuda() &&
-                     to.get_device_index() == k.get_device_index() && to.is_cuda(),
-                 "v, k_cache, v_cache: must be on k's GPU");
+    PYARCH_CHECK(same_gpu(from, k) && same_gpu(to, k), "v, k_cache, v_cache: must be on k's GPU");
     PYARCH_CHECK(from.size(0) == c.tokens && from.size(1) == c.heads && from.size(2) == c.dim,
                  "v: shape must be k's");
     PYARCH_CHECK(
@@ -65,16 +46,16 @@ void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
   }
   PYARCH_CHECK(slot_mapping.dim() == 1 && slot_mapping.size(0) == c.tokens &&
                    slot_mapping.scalar_type() == ScalarType::Long && slot_mapping.is_contiguous() &&
-                   slot_mapping.is_cuda() && slot_mapping.get_device_index() == k.get_device_index(),
+                   same_gpu(slot_mapping, k),
                "slot_mapping: must be int64 (tokens), contiguous, on k's GPU");
   PYARCH_CHECK(c.tokens < (int64_t{1} << 31), "k: more than 2^31 tokens");
   c.slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
   const OnDeviceOf on(k);
-  queued("kv_append", pyarch_kv_append(&c, on.stream));
+  check_queued("kv_append", pyarch_kv_append(&c, on.stream));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyarch, CUDA, m) { m.impl("kv_append__cuda", TORCH_BOX(&kv_append)); }
+STABLE_TORCH_LIBRARY_IMPL(pyarch, PYARCH_CUDA_KEY, m) { m.impl("kv_append__cuda", TORCH_BOX(&kv_append)); }
 
 }  // namespace pyarch
