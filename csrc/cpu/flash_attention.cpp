@@ -25,7 +25,7 @@ using DotOf = Single;
 
 struct Piece {  // of the work: a task
   int32_t sequence, kv_head;
-  int64_t tile;
+  int64_t first_row;
 };
 
 Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
@@ -73,29 +73,28 @@ namespace flash {
 
 template <class T>
 void run(const Call<T>& call, const std::vector<Sequence>& sequences, int64_t kv_heads) {
-  std::vector<Piece> pieces;
-  int64_t work = 0;
-  for (size_t n = 0; n < sequences.size(); ++n) {
-    const Sequence& s = sequences[n];
+  using Work = Task<T, DotOf<T>>;
+  int64_t work = 0, tiles = 0;
+  for (const Sequence& s : sequences) {
     work += s.q_length * call.heads * (s.k_length + 1) * (call.head_dim + call.value_dim);
-    const int64_t tiles = (s.q_length * call.group + kRows - 1) / kRows;
-    // Keys and values of one head stay in the cache for all its tiles; later queries see more keys and come
+    tiles += (s.q_length * call.group + kRows - 1) / kRows * kv_heads;
+  }
+  // Few tiles go to as many tasks; of many, some share the packing of keys and values. Both give the same
+  // bits.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t step = std::clamp<int64_t>(tiles / (4 * threads), 1, Work::kTiles) * kRows;
+  std::vector<Piece> pieces;
+  for (size_t n = 0; n < sequences.size(); ++n)
+    // Keys and values of one head stay in the cache for all its rows; later rows may see more keys and come
     // first.
     for (int64_t h = 0; h < kv_heads; ++h)
-      for (int64_t tile = tiles - 1; tile >= 0; --tile)
-        pieces.push_back({static_cast<int32_t>(n), static_cast<int32_t>(h), tile});
-  }
+      for (int64_t i = (sequences[n].q_length * call.group + step - 1) / step - 1; i >= 0; --i)
+        pieces.push_back({static_cast<int32_t>(n), static_cast<int32_t>(h), i * step});
   const auto one = [&](int64_t i) {
     const Piece& piece = pieces[i];
     const Sequence& s = sequences[piece.sequence];
-    const int64_t first = piece.tile * kRows,
-                  rows = std::min<int64_t>(kRows, s.q_length * call.group - first);
-    if (rows <= W)
-      Task<T, DotOf<T>, 1>(call, s, piece.kv_head, first, rows).run();
-    else if (rows <= 2 * W)
-      Task<T, DotOf<T>, 2>(call, s, piece.kv_head, first, rows).run();
-    else
-      Task<T, DotOf<T>, kRowVectors>(call, s, piece.kv_head, first, rows).run();
+    const int64_t rows = std::min(step, s.q_length * call.group - piece.first_row);
+    Work(call, s, piece.kv_head, piece.first_row, rows).run();
   };
   const int64_t count = static_cast<int64_t>(pieces.size());
   if (work < kSerialWork)

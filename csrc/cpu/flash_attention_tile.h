@@ -67,11 +67,11 @@ inline F tanh(F x) {
   return select(a < set1(0.6f), small, select(x < zero(), zero() - large, large));
 }
 
+// How words are multiplied, and how they are made of what is kPerWord neighbours in the summed dimension.
 struct Single {
   static constexpr int kPerWord = 1;
   static F dot(F a, F b, F sum) { return fma(a, b, sum); }
-  template <int R>
-  static void pack_probabilities(float*, int) {}  // fp32 already, where the scores were
+  static F pack(const F (&x)[1]) { return x[0]; }
 };
 
 #if defined(__AVX512BF16__)
@@ -80,22 +80,12 @@ struct Pair {
   static F dot(F a, F b, F sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  // P [keys][R * W] fp32, an even number of keys, becomes [keys / 2][R * W] words of two bf16, in place.
-  template <int R>
-  static void pack_probabilities(float* p, int keys) {
+  static F pack(const F (&x)[2]) {
     alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i interleave = _mm512_load_si512(kInterleave);
-    for (int j = 0; j < keys; j += 2) {
-      __m512i words[R];  // read before the write: the first pair's words lie over its own first key
-      for (int r = 0; r < R; ++r) {
-        const F first = load(p + j * R * W + r * W), second = load(p + (j + 1) * R * W + r * W);
-        words[r] = _mm512_permutexvar_epi16(interleave,
-                                            reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
-      }
-      for (int r = 0; r < R; ++r) _mm512_storeu_si512(p + j / 2 * R * W + r * W, words[r]);
-    }
+    return reinterpret_cast<F>(_mm512_permutexvar_epi16(
+        _mm512_load_si512(kInterleave), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0]))));
   }
   // words[i] = (a[i], b[i]) for i < n; b may be null for zeros.
   static void interleave(const bf16* a, const bf16* b, int64_t n, float* words) {
@@ -156,26 +146,33 @@ void score(const float* q, const Word* k, int64_t ld, int keys, int depth, float
   }
 }
 
-// One step of the online softmax: scores become P = 2^(score - maximum), the running maximum and sum take the
-// block in, and decay[r] is what everything accumulated before must be multiplied with.
-template <int R>
-void soften(float* scores, int keys, const F (&most)[R], F (&maximum)[R], F (&total)[R], F (&decay)[R]) {
+// One step of the online softmax: scores become P = 2^(score - maximum), as words [keys / kPerWord][R * W] in
+// their place; the running maximum and sum take the block in, and decay[r] is what everything accumulated
+// before must be multiplied with. keys is a multiple of kPerWord.
+template <class Dot, int R>
+void soften(float* scores, int keys, const F (&most)[R], float* maximum, float* total, F (&decay)[R]) {
+  constexpr int kPer = Dot::kPerWord;
   F origin[R], sum[R];
   for (int r = 0; r < R; ++r) {
-    const F now = max(maximum[r], most[r]);
+    const F before = load(maximum + r * W), now = max(before, most[r]);
     origin[r] = select(now == set1(-kInf), zero(), now);  // no key yet: -inf - 0, not -inf - -inf
-    decay[r] = exp2_nonpositive(maximum[r] - origin[r]);
-    maximum[r] = now;
+    decay[r] = exp2_nonpositive(before - origin[r]);
+    store(maximum + r * W, now);
     sum[r] = zero();
   }
-  for (int j = 0; j < keys; ++j)
+  for (int j = 0; j < keys; j += kPer)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F p = exp2_nonpositive(load(scores + j * R * W + r * W) - origin[r]);
-      sum[r] = sum[r] + p;
-      store(scores + j * R * W + r * W, p);
+      F p[kPer];
+#pragma GCC unroll 2
+      for (int e = 0; e < kPer; ++e) {
+        p[e] = exp2_nonpositive(load(scores + (j + e) * R * W + r * W) - origin[r]);
+        sum[r] = sum[r] + p[e];
+      }
+      // Only rows that are read already are written: row j / kPer, of which lane block r is this one's own.
+      store(scores + j / kPer * R * W + r * W, Dot::pack(p));
     }
-  for (int r = 0; r < R; ++r) total[r] = fma(total[r], decay[r], sum[r]);
+  for (int r = 0; r < R; ++r) store(total + r * W, fma(load(total + r * W), decay[r], sum[r]));
 }
 
 // out [columns][R * W] = out * decay + V^T P. V [depth][columns] words, ld words apart, columns a multiple of
