@@ -109,10 +109,11 @@ class Task {
   void prepare(Tile& tile, float* q, float* out, int64_t first_row, int64_t rows) {
     tile.rows = static_cast<int>(rows), tile.vectors = static_cast<int>((rows + W - 1) / W);
     tile.q = q, tile.out = out;
+    int64_t query = first_row / c.group, member = first_row % c.group;
     for (int m = 0; m < tile.vectors * W; ++m) {  // lanes beyond the rows repeat the last and are not written
-      const int64_t row = first_row + std::min(m, tile.rows - 1);
-      tile.query[m] = row / c.group;
-      tile.head[m] = kv_head * c.group + row % c.group;
+      if (m > 0 && m < tile.rows && ++member == c.group) member = 0, ++query;
+      tile.query[m] = query;
+      tile.head[m] = kv_head * c.group + member;
       const int64_t own = tile.query[m] + s.k_length - s.q_length;  // causal is aligned to the bottom right
       tile.low[m] = std::max<int64_t>(0, own - c.left);
       tile.high[m] = std::min(s.k_length - 1, own + c.right);

@@ -198,29 +198,31 @@ def check(
 ) -> Facts:
     """Checks the arguments and returns the facts that dispatch compares with LIMITS."""
     _args.tensor("q", q, rank=4)
-    if not q.is_floating_point():
-        raise TypeError(f"q: dtype must be floating, not {q.dtype}")
+    dtype, device = q.dtype, q.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"q: dtype must be floating, not {dtype}")
     batch, heads, rows, head_dim = q.shape
     if head_dim == 0:
         raise ValueError(f"q: head size must be at least 1, not shape {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        _args.tensor(name, x, rank=4, dtypes=(q.dtype,), device=q.device)
-    kv_heads, keys = k.shape[1:3]
+    _args.tensor("k", k, rank=4, dtypes=(dtype,), device=device)
+    _args.tensor("v", v, rank=4, dtypes=(dtype,), device=device)
+    _, kv_heads, keys, _ = k.shape
+    value_dim = v.shape[3]
     if heads % kv_heads if kv_heads else heads:
         raise ValueError(f"k: its {kv_heads} heads must divide q's {heads}")
     _args.shape("k", k, batch, kv_heads, keys, head_dim)
-    _args.shape("v", v, batch, kv_heads, keys, v.shape[3])
-    if v.shape[3] == 0:
+    _args.shape("v", v, batch, kv_heads, keys, value_dim)
+    if value_dim == 0:
         raise ValueError(f"v: head size must be at least 1, not shape {tuple(v.shape)}")
     _attention.window(window)
     _attention.scaling(softcap, scale)
-    floats = (q.dtype, torch.float32)
+    floats = (dtype, torch.float32)
     if sinks is not None:
-        _args.tensor("sinks", sinks, rank=1, dtypes=floats, device=q.device)
+        _args.tensor("sinks", sinks, rank=1, dtypes=floats, device=device)
         _args.shape("sinks", sinks, heads)
-    for name, x, dtypes in (("bias", bias, floats), ("mask", mask, (torch.bool,))):
+    for name, x in (("bias", bias), ("mask", mask)):
         if x is not None:
-            _args.tensor(name, x, dtypes=dtypes, device=q.device)
+            _args.tensor(name, x, dtypes=floats if name == "bias" else (torch.bool,), device=device)
             full = (batch, heads, rows, keys)
             if x.dim() > 4 or any(n not in (1, m) for n, m in zip(x.shape[::-1], full[::-1], strict=False)):
                 raise ValueError(f"{name}: must broadcast to {full}, not shape {tuple(x.shape)}")
@@ -228,18 +230,18 @@ def check(
         raise ValueError("cu_seqlens_q: both or neither of cu_seqlens_q and cu_seqlens_k must be given")
     if cu_seqlens_q is not None:
         for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            _args.tensor(name, x, rank=1, dtypes=(torch.int32,), device=q.device)
+            _args.tensor(name, x, rank=1, dtypes=(torch.int32,), device=device)
             _args.shape(name, x, max(cu_seqlens_q.shape[0], 1))
         if batch != 1:
             raise ValueError(f"q: with cu_seqlens_q its batch must be 1, not shape {tuple(q.shape)}")
     if alibi_slopes is not None:
-        _args.tensor("alibi_slopes", alibi_slopes, dtypes=floats, device=q.device)
+        _args.tensor("alibi_slopes", alibi_slopes, dtypes=floats, device=device)
         sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         if alibi_slopes.dim() != 1:
             _args.shape("alibi_slopes", alibi_slopes, sequences, heads)
         else:
             _args.shape("alibi_slopes", alibi_slopes, heads)
-    return {"device": q.device.type, "dtype": q.dtype, "head_dim": head_dim, "value_dim": v.shape[3]}
+    return {"device": device.type, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
 
 
 def _run(backend: str, tensors: tuple, options: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,67 @@
+"""Attention forward against torch's fused kernel, and against the two matrix products and the softmax written out."""
+
+import torch
+import torch.nn.functional as F
+
+import pyarch
+from pyarch.ops.flash_attention import CASES, bytes_moved, flops
+
+from ._contest import Entry, contest
+
+FULL = {name: case for name, case in CASES.items() if not case["causal"]}
+CAUSAL = {name: case for name, case in CASES.items() if case["causal"]}
+FUSED, WRITTEN_OUT = "torch SDPA", "torch matmul + softmax"
+
+
+def _attention(case: dict, dtype: torch.dtype, peer: str) -> Entry:
+    group = case["heads"] // case["kv_heads"]
+    rows, d = (case["batch"], case["heads"], case["rows"]), case["head_dim"]
+    q = torch.randn(*rows, d).to(dtype)
+    k, v = (torch.randn(case["batch"], case["kv_heads"], case["keys"], d).to(dtype) for _ in range(2))
+    wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))  # torch's copies are not counted
+    later = torch.full((case["rows"], case["keys"]), -torch.inf, dtype=dtype).triu(1) if case["causal"] else 0.0
+
+    def written_out():
+        return torch.softmax(q @ wide_k.transpose(-1, -2) * d**-0.5 + later, -1) @ wide_v
+
+    def fused():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=case["causal"], enable_gqa=group > 1)
+
+    return Entry(
+        lambda: pyarch.flash_attention(q, k, v, causal=case["causal"]),
+        {peer: fused if peer == FUSED else written_out},
+        flops=flops(case),
+        compute="bf16" if dtype == torch.bfloat16 else "fp32",
+        moved=bytes_moved(case, dtype),
+        memory="l3",
+    )
+
+
+@contest("attention, fp32, against SDPA", cases=FULL, goal=1.3)
+def bench_flash_attention_fp32(case):
+    return _attention(case, torch.float32, FUSED)
+
+
+@contest("attention, bf16, against SDPA", cases=FULL, goal=2.2)
+def bench_flash_attention_bf16(case):
+    return _attention(case, torch.bfloat16, FUSED)
+
+
+@contest("causal attention, fp32, against SDPA", cases=CAUSAL, goal=2.0)
+def bench_flash_attention_causal_fp32(case):
+    return _attention(case, torch.float32, FUSED)
+
+
+@contest("causal attention, bf16, against SDPA", cases=CAUSAL, goal=2.0)
+def bench_flash_attention_causal_bf16(case):
+    return _attention(case, torch.bfloat16, FUSED)
+
+
+@contest("attention, fp32, against matmul and softmax", cases=FULL, goal=1.0)
+def bench_flash_attention_written_out_fp32(case):
+    return _attention(case, torch.float32, WRITTEN_OUT)
+
+
+@contest("attention, bf16, against matmul and softmax", cases=FULL, goal=1.0)
+def bench_flash_attention_written_out_bf16(case):
+    return _attention(case, torch.bfloat16, WRITTEN_OUT)
