@@ -18,10 +18,11 @@
 namespace pyarch {
 namespace {
 
-constexpr int64_t kBlockSteps = 128;  // of a block: 16 KiB of operands
-constexpr int64_t kRows = 192;        // rows of x to a task: 24 KiB of sums
-constexpr int64_t kPacked = 8 << 20;  // bytes of packed activations at a time
-constexpr int64_t kRawRows = 2;       // up to here expanding in registers is cheaper than through scratch
+constexpr int64_t kBlockSteps = 128;   // of a block: 16 KiB of operands
+constexpr int64_t kRows = 192;         // rows of x to a task: 24 KiB of sums
+constexpr int64_t kPacked = 8 << 20;   // bytes of packed activations at a time
+constexpr int64_t kFetch = 128 << 10;  // bytes of codes read in order before they are used
+constexpr int64_t kRawRows = 2;        // up to here expanding in registers is cheaper than through scratch
 
 // Names of scratch buffers.
 struct Table;
@@ -119,7 +120,8 @@ void finish(const Call& call, const float* sums, int64_t row, int64_t rows, int6
   }
 }
 
-// The panel from output row `column` on, for rows [row, row + rows) of x, packed from row `first` on.
+// The panel from output row `column` on, for rows [row, row + rows) of x, packed from row `first` on. next:
+// how many output rows on this thread's next panel is, or -1.
 template <class Dot, class T>
 void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSums* x_sums, int64_t first,
            int64_t row, int64_t rows, int64_t column) {
@@ -194,6 +196,10 @@ void run(const Call& call) {
   const Plan plan = make_plan<Dot>(call.w);
   const int64_t stride = packed_bytes<Dot>(plan);
   const int64_t panels = (call.w.n + kPanel - 1) / kPanel;
+  // Panels to a task: kFetch bytes of codes, but two tasks for every thread.
+  const int64_t fair = panels / (2 * std::max<int64_t>(torch::stable::get_num_threads(), 1));
+  const int64_t group =
+      std::max<int64_t>(1, std::min(fair, kFetch / std::max<int64_t>(kPanel * call.w.codes.row_bytes, 1)));
   const int64_t batch = std::min(call.m, std::max<int64_t>(kRows, kPacked / stride / kRows * kRows));
   int32_t* x = scratch<Packed, int32_t>(batch * stride / 4);
   SegmentSums* sums = scratch<PackedSums, SegmentSums>(batch * plan.count);
@@ -206,10 +212,12 @@ void run(const Call& call) {
         pack<Dot, T>(call, plan, first + r, x + r * (stride / 4), sums + r * plan.count);
     });
     const int64_t pieces = (rows + kRows - 1) / kRows;
-    parallel_tasks(panels * pieces, [&](int64_t task) {
-      const int64_t row = task % pieces * kRows;
-      panel<Dot, T>(call, plan, x, sums, first, first + row, std::min(kRows, rows - row),
-                    task / pieces * kPanel);
+    parallel_tasks((panels + group - 1) / group * pieces, [&](int64_t task) {
+      const int64_t row = task % pieces * kRows, begin = task / pieces * group,
+                    end = std::min(begin + group, panels);
+      fetch(call.w, begin * kPanel, (end - begin) * kPanel);
+      for (int64_t p = begin; p < end; ++p)
+        panel<Dot, T>(call, plan, x, sums, first, first + row, std::min(kRows, rows - row), p * kPanel);
     });
   }
 }
@@ -267,10 +275,11 @@ Tensor quant_matmul(Tensor x, Tensor q, Tensor scale, std::optional<Tensor> zero
   PYARCH_CHECK(activation >= 0 && activation < static_cast<int64_t>(Activation::kCount),
                "activation: unknown code ", activation);
   w.codes = {static_cast<const uint8_t*>(q.data_ptr()), w.n, q.size(1)};
-  w.scale = {scale.data_ptr(), scale.scalar_type()};
-  if (zero) w.zero = Grid{zero->data_ptr(), zero->scalar_type()};
+  w.scale = {scale.data_ptr(), scale.scalar_type(), static_cast<int64_t>(scale.element_size())};
+  if (zero) w.zero = Grid{zero->data_ptr(), zero->scalar_type(), static_cast<int64_t>(zero->element_size())};
   if (zero) with_grid_type(w.zero->type, [](auto) {});
-  if (offset) w.offset = Grid{offset->data_ptr(), offset->scalar_type()};
+  if (offset)
+    w.offset = Grid{offset->data_ptr(), offset->scalar_type(), static_cast<int64_t>(offset->element_size())};
   if (bias) with_float_type(bias->scalar_type(), "bias", [](auto) {});
   call.x = x.data_ptr();
   call.row_stride = x.stride(0), call.column_stride = x.stride(1);

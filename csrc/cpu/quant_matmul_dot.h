@@ -34,7 +34,11 @@ struct Int8Dot {
   using Acc = I;
 #if defined(__AVX512F__)
   static constexpr int zero = bits == 4 ? 8 : 128;  // what the operand counts from
-  static I step(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static I step(I acc, I w, I x) {
+    // Not the intrinsic: around it GCC 12 copies every accumulator twice.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+  }
 #else
   static constexpr int zero = kCentre<bits>;
 #if defined(__AVX2__)
@@ -92,7 +96,8 @@ struct Bf16Dot {
   static constexpr int kBits = bits, columns = 2, steps = 16 / bits, zero = kCentre<bits>;
   using Acc = F;
   static F step(F acc, I w, I x) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));  // as in Int8Dot
+    return acc;
   }
   template <int e>
   static I expand(I raw) {

@@ -36,7 +36,7 @@ inline F as_float(I a) { return _mm512_castsi512_ps(a); }
 inline I as_int(F a) { return _mm512_castps_si512(a); }
 inline F from_halves(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // fp16 in each low word
 
-inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
+__attribute__((always_inline)) inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
   __m512i r[4];
   for (int i = 0; i < 4; ++i) {  // 128-bit lane b holds row 4b + i: unpacking within lanes ends in row order
     const auto at = [&](int row) {
@@ -83,7 +83,7 @@ inline F from_halves(I a) {  // fp16 in each low word
   return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
 }
 
-inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
+__attribute__((always_inline)) inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
   __m256i r[4];
   for (int i = 0; i < 4; ++i) {
     const auto at = [&](int row) {
@@ -133,7 +133,7 @@ inline F from_halves(I a) {
   return r;
 }
 
-inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
+__attribute__((always_inline)) inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
   for (int j = 0; j < 4; ++j) {
     int32_t lane[W];
     for (int n = 0; n < W; ++n) std::memcpy(&lane[n], p + n * stride + 4 * j, 4);

@@ -16,7 +16,8 @@ struct ByteRows {
 
 // The bytes [from, from + count) of kPanel rows from `row` on, as dwords: lane n of out[d][v] is dword d of
 // row row + v * W + n. Writes whole 16 bytes, so up to 3 dwords more than asked for. Rows past the end repeat
-// the last one: their results are not stored.
+// the last one: their results are not stored. next: rows from this panel to the one that this thread reads
+// next, which it begins to fetch, or -1.
 inline void transpose_panel(const ByteRows& rows, int64_t row, int64_t from, int64_t count, I* out) {
   const uint8_t* p = rows.data + row * rows.row_bytes + from;
   int64_t stride = rows.row_bytes;
@@ -77,6 +78,7 @@ void load_grid(const T* data, int64_t n, int64_t groups, int64_t row, F* out) {
 struct Grid {
   const void* data;
   ScalarType type;
+  int64_t bytes;  // of an element
 };
 
 template <class Function>
@@ -119,6 +121,21 @@ inline void load_scales(const Weight& w, int centre, int64_t row, F* scale, F* o
   const F c = set1(static_cast<float>(centre));
   for (int64_t i = 0; i < w.groups * kVectors; ++i)
     offset[i] = w.zero ? scale[i] * (c - offset[i]) : fma(scale[i], c, offset[i]);
+}
+
+// Reads rows [row, row + rows) of codes and scales from first to last byte, so that they come from DRAM at
+// full speed into L2. The hardware prefetcher follows this order; it does not follow the transposition's, a
+// panel of rows side by side, and prefetch instructions ahead of that gained nothing (docs/decisions/0001).
+inline void fetch(const Weight& w, int64_t row, int64_t rows) {
+  const auto read = [&](const void* data, int64_t row_bytes) {
+    const uint8_t* p = static_cast<const uint8_t*>(data) + row * row_bytes;
+    uint8_t any = 0;
+    for (int64_t i = 0; i < std::min(rows, w.n - row) * row_bytes; i += 64) any |= p[i];
+    asm volatile("" : : "r"(any));
+  };
+  read(w.codes.data, w.codes.row_bytes);
+  for (const Grid* grid : {&w.scale, w.zero ? &*w.zero : nullptr, w.offset ? &*w.offset : nullptr})
+    if (grid) read(grid->data, w.groups * grid->bytes);
 }
 
 // Expands raw dwords to operands, [dword][kVectors] -> [step][kVectors].
