@@ -57,23 +57,14 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Block(nn.Module):
-    """One layer. The sum x + residual is formed inside the next norm, so a block hands both on."""
-
-    def __init__(self, c: LlamaConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(c.hidden_size, c.norm_eps)
-        self.attention = nn.Attention(
-            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
-            qk_norm=c.qk_norm, eps=c.norm_eps, window=c.window,
-        )  # fmt: skip
-        self.mlp_norm = nn.RMSNorm(c.hidden_size, c.norm_eps)
-        self.mlp = nn.SwiGLU(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-
-    def forward(self, x, residual, rope, batch, layer):
-        y, residual = (self.attention_norm(x), x) if residual is None else self.attention_norm(x, residual)
-        y, residual = self.mlp_norm(self.attention(y, rope, batch, layer), residual)
-        return self.mlp(y), residual
+def block(c: LlamaConfig) -> nn.DecoderBlock:
+    """One layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
+    attention = nn.Attention(
+        c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
+        qk_norm=c.qk_norm, eps=c.norm_eps, window=c.window,
+    )  # fmt: skip
+    mlp = nn.SwiGLU(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+    return nn.DecoderBlock(nn.RMSNorm(c.hidden_size, c.norm_eps), attention, nn.RMSNorm(c.hidden_size, c.norm_eps), mlp)
 
 
 class Llama(nn.Module):
@@ -89,7 +80,7 @@ class Llama(nn.Module):
         self.embed: nn.Embedding | nn.QuantizedEmbedding = nn.Embedding(c.vocab_size, c.hidden_size)
         self.rope = nn.RotaryEmbedding(c.head_dim, theta=c.rope_theta, factors=c.rope_factors,
                                        max_positions=c.max_positions, interleaved=c.rope_interleaved)  # fmt: skip
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.layers = nn.ModuleList(block(c) for _ in range(c.num_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.norm_eps)
         self.head: nn.Module = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tied:
@@ -97,8 +88,8 @@ class Llama(nn.Module):
 
     def forward(self, tokens: torch.Tensor, batch: nn.PagedBatch | None = None) -> torch.Tensor:
         x, residual = self.embed(tokens), None
-        for layer, block in enumerate(self.layers):
-            x, residual = block(x, residual, self.rope, batch, layer)
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, self.rope, batch, i)
         x = x if residual is None else x + residual
         return self.head(self.norm(x if batch is None or batch.last is None else x[batch.last]))
 

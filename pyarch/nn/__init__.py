@@ -6,6 +6,7 @@ from torch.nn import ModuleList as ModuleList
 from .attention import Attention as Attention
 from .attention import PagedBatch as PagedBatch
 from .attention import PagedKVCache as PagedKVCache
+from .block import DecoderBlock as DecoderBlock
 from .embedding import Embedding as Embedding
 from .embedding import QuantizedEmbedding as QuantizedEmbedding
 from .linear import Linear as Linear

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ops import PagedKVCache, flash_attention, paged_attention, paged_kv, rms_norm, rotary, rotary_append
-from . import _direct
+from ..ops import PagedKVCache, flash_attention, paged_attention, rms_norm, rotary_append
 from .linear import Linear
 from .rotary import RotaryEmbedding
 
@@ -75,29 +74,22 @@ class Attention(torch.nn.Module):
         self.window = None if window is None else (window - 1, 0)
         self.qkv: torch.nn.Module = Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=qkv_bias)
         self.out: torch.nn.Module = Linear(num_heads * head_dim, hidden_size, bias=out_bias)
-        self._direct = _direct.Direct()
-        self.q_norm = torch.nn.Parameter(torch.ones(head_dim)) if qk_norm else None
-        self.k_norm = torch.nn.Parameter(torch.ones(head_dim)) if qk_norm else None
+        self.q_norm: torch.nn.Parameter | None
+        self.k_norm: torch.nn.Parameter | None
+        for name in ("q_norm", "k_norm"):
+            self.register_parameter(name, torch.nn.Parameter(torch.ones(head_dim)) if qk_norm else None)
 
     def forward(self, x: torch.Tensor, rope: RotaryEmbedding, batch: PagedBatch | None = None,
                 layer: int = 0) -> torch.Tensor:  # fmt: skip
         if batch is None:
             return self._whole(x, rope)
-        qkv, k_cache, v_cache = self.qkv(x), batch.cache.k[layer], batch.cache.v[layer]
-        new = (qkv, *rope.tables(batch.length, x.device), batch.positions, k_cache, v_cache, batch.slots)
-        pages = (k_cache, v_cache, batch.block_table, batch.seq_lens)
-        if self._direct.ready(qkv):
-            q = _direct.rotary_append(*new, self.q_norm, self.k_norm, self.num_heads, rope.interleaved, self.eps)
-            y: Any = _direct.paged_attention(q, *pages, batch.cu_seqlens, None, True, *(self.window or (-1, -1)), 0.0,
-                                        self.head_dim**-0.5)[0]  # fmt: skip
-            return self.out(y.flatten(1))
-        heads: dict[str, Any] = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, eps=self.eps,
-                                     interleaved=rope.interleaved, q_norm=self.q_norm, k_norm=self.k_norm)  # fmt: skip
-        rows: dict[str, Any] = dict(cu_seqlens_q=batch.cu_seqlens, window=self.window)
-        q = rotary_append(*new, **heads)
-        y = paged_attention(q, *pages, **rows)
-        self._direct.learn(qkv, lambda: [(rotary.ROTARY_APPEND, rotary.check(*new, **heads)),
-                                         (paged_kv.PAGED_ATTENTION, paged_kv.check(q, *pages, **rows))])  # fmt: skip
+        k_cache, v_cache = batch.cache.k[layer], batch.cache.v[layer]
+        cos, sin = rope.tables(batch.length, x.device)
+        q = rotary_append(self.qkv(x), cos, sin, batch.positions, k_cache, v_cache, batch.slots,
+                          num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, interleaved=rope.interleaved,
+                          q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps)  # fmt: skip
+        y: Any = paged_attention(q, k_cache, v_cache, batch.block_table, batch.seq_lens, cu_seqlens_q=batch.cu_seqlens,
+                            window=self.window)  # fmt: skip
         return self.out(y.flatten(1))
 
     def _whole(self, x: torch.Tensor, rope: RotaryEmbedding) -> torch.Tensor:

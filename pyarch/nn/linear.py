@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..ops import quant_matmul
-from ..ops.quant_matmul import QUANT_MATMUL, check
 from ..quantized import QuantizedTensor, concat, quantize, same_format
-from . import _direct
 from ._quantized import QuantizedModule
 
 Weight = torch.Tensor | QuantizedTensor
@@ -32,8 +30,9 @@ class QuantizedLinear(QuantizedModule):
         if act_bits not in (None, 8):
             raise ValueError(f"act_bits: must be None or 8, not {act_bits!r}")
         self.act_bits = act_bits
-        self._direct = _direct.Direct()
-        self.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        self.bias: torch.nn.Parameter | None
+        kept = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", kept)
 
     @classmethod
     def from_float(cls, linear: torch.nn.Linear, *, bits: int = 4, group_size: int = 128, symmetric: bool = True,
@@ -43,14 +42,7 @@ class QuantizedLinear(QuantizedModule):
         return cls(weight, linear.bias, act_bits=act_bits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w, bias, act_bits = self.weight, self.bias, self.act_bits
-        if self._direct.ready(x) and x.shape[1] == self.in_features:
-            return _direct.quant_matmul(
-                x, w.q, w.scale, w.zero, w.offset, w.g_idx, bias, w.group_size, act_bits or 0, 0, 0.0
-            )
-        y = quant_matmul(x, w, bias, act_bits=act_bits)
-        self._direct.learn(x, lambda: [(QUANT_MATMUL, check(x, w, bias, act_bits=act_bits))])
-        return y
+        return quant_matmul(x, self.weight, self.bias, act_bits=self.act_bits)
 
 
 class ParallelLinear(torch.nn.Module):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..ops import rms_norm
-from ..ops.rms_norm import RMS_NORM, check
-from . import _direct
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -23,14 +21,7 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
         if len(self.normalized_shape) != 1 or not elementwise_affine:
             raise ValueError("normalized_shape: must be one dimension, with elementwise_affine=True")
-        self._direct = _direct.Direct()
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        weight = self.weight
-        if self._direct.ready(x) and (residual is None or residual.is_contiguous()):
-            y, s = _direct.rms_norm(x, weight, residual, eps)
-            return y if residual is None else (y, s)
-        result = rms_norm(x, weight, eps=eps, residual=residual)
-        self._direct.learn(x, lambda: [(RMS_NORM, check(x, weight, eps=eps, residual=residual))])
-        return result
+        return rms_norm(x, self.weight, eps=eps, residual=residual)

@@ -1,0 +1,120 @@
+"""A decoder layer, and its short way: the operators that its checked call made, called again without the checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..dispatch import forced
+from ..native import operator
+from .attention import Attention, PagedBatch
+from .mlp import SwiGLU
+from .norm import RMSNorm
+from .rotary import RotaryEmbedding
+
+_rms_norm, _matmul, _rotary, _attend, _swiglu = _OPERATORS = [
+    operator(name, "cpu") for name in ("rms_norm", "quant_matmul", "rotary_append", "paged_attention", "swiglu")
+]
+_STEPS = [_rms_norm, _matmul, _rotary, _attend, _matmul, _rms_norm, _matmul, _swiglu, _matmul]
+_SETTINGS = ("act_bits", "eps", "window", "num_heads", "num_kv_heads", "head_dim", "forward")
+_GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+
+
+class DecoderBlock(torch.nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). The sum is formed inside the next norm, so a block takes and
+    returns a pair: forward(x, residual, rope, batch, layer) -> (y, residual), whose sum is the layer's output.
+
+    residual  like x, or None in the first layer
+    batch     None: x (B, S, hidden_size) are whole sequences. A PagedBatch: x (T, hidden_size) are its new tokens,
+              whose keys and values go to layer `layer` of its cache
+
+    Public functions check their arguments and choose a backend in every call, which for one token costs more than the
+    small ops do. So the first cached call notes which operators it made; where they are the nine CPU operators of
+    quantised projections, the next calls make the same ones directly, as long as nothing that decided it has changed:
+    dtype, `use_backend`, the modules, their tensors, settings and hooks, no autograd, no compiler. CPU operators
+    recheck all that memory safety needs.
+    """
+
+    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: SwiGLU) -> None:
+        super().__init__()
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = attention_norm, attention, mlp_norm, mlp
+        self._short: _ShortWay | None = None
+        self._tried: tuple | None = None
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, rope: RotaryEmbedding,
+                batch: PagedBatch | None = None, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if batch is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu:
+            return self._whole(x, residual, rope, batch, layer)
+        key = (x.dtype, forced())
+        short = self._short
+        if short is not None and self._tried == key and short.holds():
+            if x.ndim == 2 and x.is_contiguous() and (residual is None or residual.is_contiguous()):
+                return short(x, residual, rope, batch, layer)
+        elif short is not None or self._tried != key:
+            self._short, self._tried = None, key
+            with _Calls() as noted:
+                result = self._whole(x, residual, rope, batch, layer)
+            if [call for call, _ in noted.calls] == _STEPS:
+                self._short = _ShortWay(self, [args for _, args in noted.calls])
+            return result
+        return self._whole(x, residual, rope, batch, layer)
+
+    def _whole(self, x, residual, rope, batch, layer):
+        y, residual = (self.attention_norm(x), x) if residual is None else self.attention_norm(x, residual)
+        y, residual = self.mlp_norm(self.attention(y, rope, batch, layer), residual)
+        return self.mlp(y), residual
+
+    def __getstate__(self):
+        return {**self.__dict__, "_short": None, "_tried": None}
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the pyarch operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pyarch":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+class _ShortWay:
+    """The nine operators with the arguments that stay, and all that must be as it was for them to be right."""
+
+    def __init__(self, block: DecoderBlock, calls: list[tuple]) -> None:
+        norm, qkv, rotary, attend, out, mlp_norm, gate_up, _, down = calls
+        self.norm, self.mlp_norm = (norm[1], norm[3]), (mlp_norm[1], mlp_norm[3])
+        self.qkv, self.out, self.gate_up, self.down = qkv[1:], out[1:], gate_up[1:], down[1:]
+        self.head_norms, self.num_heads, self.eps, self.attend = rotary[7:9], rotary[9], rotary[11], attend[6:]
+        self.kept: list[tuple[dict, str, Any]] = []
+        self.hooks = list(_GLOBAL_HOOKS)
+        for module in block.modules():
+            for values in (module._parameters, module._buffers, module._modules):
+                self.kept += [(values, name, value) for name, value in values.items()]
+            if module is not block:
+                self.kept += [(module.__dict__, name, module.__dict__.get(name)) for name in _SETTINGS]
+                self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+
+    def holds(self) -> bool:
+        for values, name, value in self.kept:
+            if values.get(name) is not value:
+                return False
+        return not any(self.hooks)
+
+    def __call__(self, x, residual, rope, batch, layer):
+        weight, eps = self.norm
+        y, total = _rms_norm(x, weight, residual, eps)
+        k_cache, v_cache = batch.cache.k[layer], batch.cache.v[layer]
+        cos, sin = rope.tables(batch.length, x.device)
+        q = _rotary(_matmul(y, *self.qkv), cos, sin, batch.positions, k_cache, v_cache, batch.slots,
+                    *self.head_norms, self.num_heads, rope.interleaved, self.eps)  # fmt: skip
+        y, _ = _attend(q, k_cache, v_cache, batch.block_table, batch.seq_lens, batch.cu_seqlens, *self.attend)
+        weight, eps = self.mlp_norm
+        y, total = _rms_norm(_matmul(y.flatten(1), *self.out), weight, x if residual is None else total, eps)
+        return _matmul(_swiglu(_matmul(y, *self.gate_up)), *self.down), total
