@@ -20,7 +20,7 @@ def _norms(case: dict, dtype: torch.dtype) -> Entry:
     )
 
 
-@contest("RMSNorm, bf16", cases=CASES, goal=4.0)
+@contest("RMSNorm, bf16", cases=CASES, goal=1.0)
 def bench_rms_norm_bf16(case):
     return _norms(case, torch.bfloat16)
 

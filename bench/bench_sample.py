@@ -23,14 +23,14 @@ def _logits(case):
     return torch.randn(case["batch"], case["vocabulary"]) * 3
 
 
-@contest("sampling with top-p 0.9", cases=CASES, goal=20.0)
+@contest("sampling with top-p 0.9", cases=CASES, goal=1.0)
 def bench_sample_top_p(case):
     x = _logits(case)
     return Entry(lambda: pyarch.sample(x, temperature=0.8, top_p=0.9), {"torch sort": lambda: _by_sorting(x, 0.9)},
                  moved=bytes_moved(case, x.dtype), memory="l3")  # fmt: skip
 
 
-@contest("sampling with top-k 50", cases=CASES, goal=2.0)
+@contest("sampling with top-k 50", cases=CASES, goal=1.0)
 def bench_sample_top_k(case):
     x = _logits(case)
     return Entry(lambda: pyarch.sample(x, temperature=0.8, top_k=50), {"torch.topk": lambda: _by_topk(x, 50)},
