@@ -261,7 +261,7 @@ def _check_caches(k_cache: Any, v_cache: Any) -> None:
 
 def _facts(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requires_grad: bool) -> Facts:
     return {
-        "device": x.device.type,
+        "device": _args.device_type(x),
         "dtype": x.dtype,
         "page_size": k_cache.shape[1],
         "head_dim": k_cache.shape[3],

@@ -107,7 +107,7 @@ def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_
     if act_bits not in (None, 8):
         raise ValueError(f"act_bits: must be None or 8, not {act_bits!r}")
     return {
-        "device": x.device.type,
+        "device": _args.device_type(x),
         "dtype": x.dtype,
         "bits": weight.bits,
         "group_size": weight.group_size,

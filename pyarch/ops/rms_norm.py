@@ -70,7 +70,7 @@ def check(x: Any, weight: Any, *, eps: float = 1e-6, residual: Any = None) -> Fa
         _args.shape("residual", residual, *x.shape)
     if not eps >= 0:
         raise ValueError(f"eps: must be at least 0, not {eps}")
-    return {"device": x.device.type, "dtype": x.dtype}
+    return {"device": _args.device_type(x), "dtype": x.dtype}
 
 
 def _run(backend: str, x, weight, residual, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -162,7 +162,7 @@ def check(
     if not eps >= 0:
         raise ValueError(f"eps: must be at least 0, not {eps}")
     return {
-        "device": device.type,
+        "device": _args.device_type(qkv),
         "dtype": dtype,
         "requires_grad": _args.needs_grad(qkv, cos, sin, k_cache, v_cache, q_norm, k_norm),
         "dense_heads": dim == 1 or k_cache.stride(3) == v_cache.stride(3) == 1,

@@ -120,7 +120,7 @@ def check(
             raise TypeError(f"generator: must be a torch.Generator, not {type(generator).__name__}")
         if generator.device.type != logits.device.type:
             raise ValueError(f"generator: must be on {logits.device} like logits, not {generator.device}")
-    return {"device": logits.device.type, "dtype": logits.dtype}
+    return {"device": _args.device_type(logits), "dtype": logits.dtype}
 
 
 def _fake(logits, uniform, temperature, top_k, top_p, min_p):

@@ -47,7 +47,7 @@ def check(x: Any) -> Facts:
         raise TypeError(f"x: dtype must be floating, not {x.dtype}")
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(f"x: the last dimension must be even (gate and up), not shape {tuple(x.shape)}")
-    return {"device": x.device.type, "dtype": x.dtype}
+    return {"device": _args.device_type(x), "dtype": x.dtype}
 
 
 def _run(backend: str, x: torch.Tensor) -> torch.Tensor:
