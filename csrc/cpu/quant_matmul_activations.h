@@ -48,8 +48,7 @@ inline float activation_scale(const float* x, int64_t n) {
     most = max(most, abs(v));
     check = fma(v, zero(), check);
   }
-  const float finite = hsum(check);
-  return finite == 0.0f ? hmax(most) / 127.0f : finite;
+  return all_zero(check) ? max_lanes(most) / 127.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
 // round(x / scale) within -127..127.
