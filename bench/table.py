@@ -80,6 +80,8 @@ def table() -> str:
 def _machine(name: str, found: dict[tuple, dict]) -> str:
     lines, used = [], []
     for row in rows():
+        if row.goal is None and row.at_most_us is None:
+            continue  # a row without a goal is for the records alone
         threads = THREADS if THREADS in row.threads else row.threads[-1]
         measured = [found[key] for case in row.cases if (key := (row.work, case, threads)) in found]
         if measured:

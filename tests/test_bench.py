@@ -33,6 +33,15 @@ def test_rotate_gives_copies_past_the_cache():
     assert len(seen) == 5
 
 
+def test_a_row_without_a_goal_is_for_the_records_alone(results, tmp_path, monkeypatch):
+    (tmp_path / "records").mkdir()
+    monkeypatch.setattr(table, "HERE", tmp_path)
+    monkeypatch.setattr(table, "rows", lambda: [Row("work", ("a",), (1, 2), goal=None, at_most_us=None, note="")])
+    table.append(results)
+    assert "| work |" in table.table()
+    assert "3.00" not in table.table()
+
+
 @pytest.fixture
 def results():
     def run(contender, median):
