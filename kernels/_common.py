@@ -39,8 +39,10 @@ def subtract(x, c: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b: 16-bit operands, fp32 sums."""
-    if INTERPRETING:
+    """acc + a @ b: 16-bit operands, or fp32 ones in full; fp32 sums."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    elif INTERPRETING:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         return tl.dot(a, b, acc)

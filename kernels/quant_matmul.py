@@ -1,5 +1,7 @@
 """quant_matmul in Triton: y = act(x @ w.T + bias), int4 or int8 codes, fp16 or bf16 x (pyarch/ops/quant_matmul.py).
 
+fp32 x works too, at the speed of plain multiply-adds: autograd needs it to keep what an epilogue is applied to.
+
 A program owns a tile of y, BN weight rows by BM rows of x, and one of SPLIT ranges of K:
 
                  BM rows of x                 The weight is the left operand, so that on sm_90 its codes go from
@@ -40,10 +42,12 @@ class Config:
 
 
 def config_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Config:
-    """The config for (m, n, k) of 16-bit x: small tiles and a split K until every multiprocessor reads weights."""
+    """The config for (m, n, k): small tiles and a split K until every multiprocessor reads weights."""
     m, n, k = shape
     multiprocessors = 132 if arch >= 90 else 108
-    if m <= 32:
+    if dtype == torch.float32:
+        config = Config(block_m=32, block_n=64, block_k=32, split_k=1, num_warps=4, num_stages=2)
+    elif m <= 32:
         config = Config(block_m=16 if m <= 16 else 32, block_n=64, block_k=128, split_k=1, num_warps=4, num_stages=4)
     elif m * n <= 64 * 64 * multiprocessors:
         config = Config(block_m=64, block_n=64, block_k=64, split_k=1, num_warps=4, num_stages=4)
@@ -56,8 +60,10 @@ def config_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Co
 
 @triton.jit
 def _codes(q, BITS: tl.constexpr, dtype: tl.constexpr):
-    """q - c as 16-bit floats, exactly; 4-bit codes come as integers 0..15."""
-    if BITS == 4:
+    """q - c as floats, exactly; 4-bit codes come as integers 0..15."""
+    if dtype == tl.float32:
+        return q.to(tl.float32) - (8 if BITS == 4 else 0)
+    elif BITS == 4:
         # The code becomes the last bits of 128 (bf16) or 1024 (fp16): an OR and a subtraction, no conversion.
         if dtype == tl.bfloat16:
             return subtract((q.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True), 136)
@@ -213,8 +219,10 @@ def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activ
 def _check_memory(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, activation):
     """The operator is open to anyone: refuses what would read outside a tensor or is not this kernel's to compute."""
     bits = {torch.uint8: 4, torch.int8: 8}.get(q.dtype)
-    if x.dtype not in (torch.float16, torch.bfloat16) or bits is None or g_idx is not None or act_bits != 0:
-        raise ValueError("quant_matmul__triton: takes float16 or bfloat16 x, uint8 or int8 q, no g_idx, no act_bits")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or bits is None:
+        raise ValueError(f"x, q: must be float32, float16 or bfloat16, and uint8 or int8, not {x.dtype}, {q.dtype}")
+    if g_idx is not None or act_bits != 0:
+        raise ValueError("g_idx, act_bits: must be None and 0 in Triton")
     if group_size != -1 and (group_size < 32 or group_size % 32):
         raise ValueError(f"group_size: must be -1 or a multiple of 32, not {group_size}")
     if zero is not None and offset is not None:

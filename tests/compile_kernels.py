@@ -44,6 +44,7 @@ def quant_matmul_calls() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         *((m, 8, -1, None, torch.bfloat16) for m in (1, 64, 2048)),
         (32, 4, 128, None, torch.bfloat16),
         (2048, 4, 128, None, torch.float16),
+        (64, 4, 128, "uint8", torch.float32),
     ]:
         q = torch.empty((n, k * bits // 8), dtype=torch.uint8 if bits == 4 else torch.int8)
         scale = torch.empty((n, 1 if group == -1 else k // group), dtype=dtype)

@@ -80,6 +80,16 @@ def test_suite(check):
     check()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", FORMATS)
+def test_float32_in_full(bits, form):
+    """What autograd keeps for an epilogue; the public function leaves float32 to the reference."""
+    for m, n, k, group in [(3, 70, 130, 64), (40, 65, 95, -1)]:
+        w, x = weight(n, k, group, bits, form), draw(m, k, dtype=torch.float32)
+        got = kernel.forward(x, w.q, w.scale, w.zero, w.offset, None, None, group, 0, 0, 0.0)
+        assert_close(form, got, quant_matmul_reference(x.double(), w), quant_matmul_reference(x, w))
+
+
 def every_config():
     """What config_for gives over the range of shapes, each also with K split into 3 unevenly."""
     shapes = itertools.product((1, 20, 64, 200, 2048), (512, 4096), (512, 4096))
@@ -149,7 +159,7 @@ def test_operator_refuses_what_it_cannot_compute():
     call = native.operator("quant_matmul", "triton")
     call(*good.values())
     for name, value in [
-        ("x", x.float()), ("x", x[:, :32]), ("x", x[0]), ("q", w.q[:, :1]), ("q", w.q.int()), ("q", w.q[None]),
+        ("x", x.double()), ("x", x[:, :32]), ("x", x[0]), ("q", w.q[:, :1]), ("q", w.q.int()), ("q", w.q[None]),
         ("scale", w.scale[:, :1]), ("zero", w.zero[:4]), ("offset", w.scale), ("bias", x[0]), ("g_idx", w.zero),
         ("group_size", 33), ("group_size", 0), ("group_size", -2), ("group_size", 2**40), ("act_bits", 8),
         ("activation", 6), ("activation", -1),

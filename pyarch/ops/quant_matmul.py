@@ -55,8 +55,7 @@ def quant_matmul(
         if bias is None and activation is None:
             return _QuantMatmul.apply(x, weight, act_bits, chosen)
         # An epilogue stays with autograd, in float32: its derivative needs the value before the activation.
-        wide = x.float() if torch.float32 in LIMITS[chosen].dtypes else x
-        y = _QuantMatmul.apply(wide, weight, act_bits, chosen).float()
+        y = _QuantMatmul.apply(x.float(), weight, act_bits, chosen)
         return _activation.apply(activation, y if bias is None else y + bias.float()).to(x.dtype)
     return _run(chosen, x, weight, bias, activation, act_bits)
 
