@@ -75,7 +75,7 @@ def test_a_named_backend_runs_or_raises():
 
 
 def test_an_unavailable_library_is_named_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(native, "_no_cpu", "_cpu_avx512 is not built: make build")
+    monkeypatch.setitem(native._UNAVAILABLE, "cpu", "_cpu_avx512 is not built: make build")
     with pytest.raises(ValueError, match="make build"):
         pyarch.rms_norm(X, W, backend="cpu")
     assert ran(pyarch.rms_norm, X, W) == {"reference"}
