@@ -46,9 +46,9 @@ def samples(dtype, device, act_bits=None):
     yield call(dtype, device, "int8, silu", 3, 33, 130, bits=8, bias=True, activation="silu", act_bits=act_bits)
     yield call(dtype, device, "act-order", 4, 9, 70, kind="zero", act_order=True, act_bits=act_bits)
     for i, kind in enumerate(FORMATS):
-        for bits, m, group in ((4, 1 + 8 * (i % 2), 32), (8, 9 - 8 * (i % 2), 64)):
+        for bits, m, group in ((4, 5 + 4 * (i % 2), 32), (8, 9 - 4 * (i % 2), 64)):
             name = f"int{bits} {kind} g{group} M={m}"
-            yield call(dtype, device, name, m, 35, 149, bits=bits, kind=kind, group_size=group, act_bits=act_bits)
+            yield call(dtype, device, name, m, 67, 149, bits=bits, kind=kind, group_size=group, act_bits=act_bits)
     for bits, group in ((4, 8), (4, 48), (4, 128), (4, -1), (4, 7), (8, 16), (8, 1000), (8, 100)):
         name = f"int{bits} g{group}"
         yield call(dtype, device, name, 3, 21, 577, bits=bits, group_size=group, kind="offset", act_bits=act_bits)
