@@ -72,6 +72,15 @@ struct Range {
   const int64_t *k_at, *v_at;  // offsets of position start + i
 };
 
+// The first `count` positions of a pass, whose loop prefetches only those further on.
+template <class T>
+inline void prefetch_rows(const PagedCache& cache, const Range& r, const int64_t* at, int64_t count) {
+  const T* base = reinterpret_cast<const T*>(cache.data);
+  for (int64_t i = r.low; i < std::min(r.low + count, r.high); ++i)
+    for (int64_t h = r.head_begin; h < r.head_end; ++h)
+      prefetch(base + at[i] + h * cache.head_stride, cache.dim);
+}
+
 // The K pass. A unit is U lanes of one head; W / U units are summed over their lanes together.
 template <class T, int NV, int U>
 void score(const PagedAttention& a, const Range& r, int64_t per_head, const typename Dot<T>::Q* q,
@@ -227,6 +236,7 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
   r.stride = (r.lanes + 2 * W - 1) / W * W;
   int64_t k_at[kSplit], v_at[kSplit + kAheadV];  // v_at has what a prefetch past the end looks at
   a.offsets(a.k, s, r.start + r.low, r.start + r.high, k_at + r.low);
+  prefetch_rows<T>(a.k, r, k_at, kAheadK);
   a.offsets(a.v, s, r.start + r.low, r.start + r.high, v_at + r.low);
   for (int64_t i = 0; i < kAheadV; ++i) v_at[r.high + i] = v_at[r.high - 1];
   r.k_at = k_at, r.v_at = v_at;
@@ -243,6 +253,7 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
   }
 
   score_all<T>(a, r, per_head, q, scores);
+  prefetch_rows<T>(a.v, r, v_at, kAheadV);
   const int64_t first = head_begin * per_head;
   softmax(a, s, r, scores, partial.m + first, partial.l + first);
 
