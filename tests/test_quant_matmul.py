@@ -143,6 +143,19 @@ def test_rows_do_not_depend_on_their_neighbours(options, act_bits, dtype):
 
 
 @pytest.mark.forward
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256, 512, 1024, 640, -1])
+def test_few_rows_are_those_of_many_for_every_group_size(group_size, bits):
+    w, x = (
+        pyarch.quantize(torch.randn(45, 1700), bits=bits, group_size=group_size, symmetric=False),
+        torch.randn(7, 1700),
+    )
+    many = pyarch.quant_matmul(x, w, act_bits=8, backend="cpu")
+    for m in range(1, 7):
+        assert torch.equal(pyarch.quant_matmul(x[:m], w, act_bits=8, backend="cpu"), many[:m]), f"M={m}"
+
+
+@pytest.mark.forward
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite(bad, act_bits):

@@ -12,6 +12,7 @@
 // The chain of an output is fixed by the weight alone, so rows do not depend on M, tiles or threads.
 #include "epilogue.h"
 #include "quant_matmul_activations.h"
+#include "quant_matmul_stream.h"
 #include "quant_matmul_weights.h"
 #include "types.h"
 
@@ -35,6 +36,7 @@ struct Scales;
 struct Raw;
 struct Operands;
 struct Sums;
+struct Streamed;
 
 struct Call {
   Weight w;
@@ -120,20 +122,30 @@ void finish(const Call& call, const float* sums, int64_t row, int64_t rows, int6
   }
 }
 
-// The panel from output row `column` on, for rows [row, row + rows) of x, packed from row `first` on. next:
-// how many output rows on this thread's next panel is, or -1.
-template <class Dot, class T>
-void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSums* x_sums, int64_t first,
-           int64_t row, int64_t rows, int64_t column) {
-  constexpr int bits = Dot::kBits;
-  const Weight& w = call.w;
-  const bool whole = contiguous_groups<Dot>(w);
+// Scales and offsets of a panel, [group][kVectors] each.
+struct PanelScales {
+  F *scale, *offset, *ones;
+};
+
+template <int bits>
+PanelScales panel_scales(const Weight& w, int64_t column) {
   const int64_t grid = (w.groups + 16) * kVectors;  // load_grid writes whole 16 bytes
   F* scale = scratch<Scales, F>(2 * grid + kVectors);
   F* offset = w.has_offset() ? scale + grid : nullptr;
   load_scales(w, kCentre<bits>, column, scale, offset);
   F* ones = scale + 2 * grid;
   for (int v = 0; v < kVectors; ++v) ones[v] = set1(1.0f);
+  return {scale, offset, ones};
+}
+
+// The panel from output row `column` on, for rows [row, row + rows) of x, packed from row `first` on.
+template <class Dot, class T>
+void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSums* x_sums, int64_t first,
+           int64_t row, int64_t rows, int64_t column) {
+  constexpr int bits = Dot::kBits;
+  const Weight& w = call.w;
+  const bool whole = contiguous_groups<Dot>(w);
+  const auto [scale, offset, ones] = panel_scales<bits>(w, column);
   I* raw = scratch<Raw, I>((kBlockSteps + 4) * kVectors);
   I* operands = scratch<Operands, I>((kBlockSteps + 8) * kVectors);
   float* sums = scratch<Sums, float>(rows * kPanel);
@@ -191,6 +203,28 @@ void pack(const Call& call, const Plan& plan, int64_t row, int32_t* out, Segment
   pack_row<Dot>(x, plan, out, sums, wide);
 }
 
+#if defined(__AVX512F__)
+// All of y for the few rows of x that are packed, the codes read in the order in which they lie.
+template <class Dot, class T>
+void run_stream(const Call& call, const Plan& plan, int64_t lanes, int64_t panels, int64_t group,
+                const int32_t* packed, int64_t packed_stride, const SegmentSums* x_sums) {
+  const int64_t stride = stream_bytes<Dot>(plan) / 4;
+  int32_t* x = scratch<Streamed, int32_t>(call.m * stride);
+  for (int64_t r = 0; r < call.m; ++r) stream_row<Dot>(packed + r * packed_stride, plan, x + r * stride);
+  parallel_tasks((panels + group - 1) / group, [&](int64_t task) {
+    float sums[kStreamRows * kPanel];
+    fetch(call.w, task * group * kPanel, group * kPanel, false);
+    for (int64_t p = task * group; p < std::min((task + 1) * group, panels); ++p) {
+      const auto [scale, offset, ones] = panel_scales<Dot::kBits>(call.w, p * kPanel);
+      for (int64_t r = 0; r < call.m; ++r)
+        stream_panel<Dot>(call.w.codes, p * kPanel, plan, lanes, reinterpret_cast<const I*>(x + r * stride),
+                          x_sums + r * plan.count, scale, offset, sums + r * kPanel);
+      finish<T>(call, sums, 0, call.m, p * kPanel);
+    }
+  });
+}
+#endif
+
 template <class Dot, class T>
 void run(const Call& call) {
   const Plan plan = make_plan<Dot>(call.w);
@@ -211,11 +245,16 @@ void run(const Call& call) {
       for (int64_t r = task * together; r < std::min(rows, (task + 1) * together); ++r)
         pack<Dot, T>(call, plan, first + r, x + r * (stride / 4), sums + r * plan.count);
     });
+#if defined(__AVX512F__)
+    if constexpr (Dot::columns == 4)
+      if (const int64_t lanes = call.m <= kStreamRows ? stream_lanes<Dot>(plan) : 0)
+        return run_stream<Dot, T>(call, plan, lanes, panels, group, x, stride / 4, sums);
+#endif
     const int64_t pieces = (rows + kRows - 1) / kRows;
     parallel_tasks((panels + group - 1) / group * pieces, [&](int64_t task) {
       const int64_t row = task % pieces * kRows, begin = task / pieces * group,
                     end = std::min(begin + group, panels);
-      fetch(call.w, begin * kPanel, (end - begin) * kPanel);
+      fetch(call.w, begin * kPanel, (end - begin) * kPanel, true);
       for (int64_t p = begin; p < end; ++p)
         panel<Dot, T>(call, plan, x, sums, first, first + row, std::min(kRows, rows - row), p * kPanel);
     });

@@ -123,17 +123,18 @@ inline void load_scales(const Weight& w, int centre, int64_t row, F* scale, F* o
     offset[i] = w.zero ? scale[i] * (c - offset[i]) : fma(scale[i], c, offset[i]);
 }
 
-// Reads rows [row, row + rows) of codes and scales from first to last byte, so that they come from DRAM at
-// full speed into L2. The hardware prefetcher follows this order; it does not follow the transposition's, a
-// panel of rows side by side, and prefetch instructions ahead of that gained nothing (docs/decisions/0001).
-inline void fetch(const Weight& w, int64_t row, int64_t rows) {
+// Reads rows [row, row + rows) of scales, and of codes if asked, from first to last byte, so that they come
+// from DRAM at full speed into L2. The hardware prefetcher follows this order; it does not follow the
+// transposition's, a panel of rows side by side, and prefetch instructions ahead of that gained little
+// (docs/decisions/0001).
+inline void fetch(const Weight& w, int64_t row, int64_t rows, bool codes) {
   const auto read = [&](const void* data, int64_t row_bytes) {
     const uint8_t* p = static_cast<const uint8_t*>(data) + row * row_bytes;
     uint8_t any = 0;
     for (int64_t i = 0; i < std::min(rows, w.n - row) * row_bytes; i += 64) any |= p[i];
     asm volatile("" : : "r"(any));
   };
-  read(w.codes.data, w.codes.row_bytes);
+  if (codes) read(w.codes.data, w.codes.row_bytes);
   for (const Grid* grid : {&w.scale, w.zero ? &*w.zero : nullptr, w.offset ? &*w.offset : nullptr})
     if (grid) read(grid->data, w.groups * grid->bytes);
 }
