@@ -23,6 +23,7 @@ constexpr int64_t kBlockSteps = 128;   // of a block: 16 KiB of operands
 constexpr int64_t kRows = 192;         // rows of x to a task: 24 KiB of sums
 constexpr int64_t kPacked = 8 << 20;   // bytes of packed activations at a time
 constexpr int64_t kFetch = 128 << 10;  // bytes of codes read in order before they are used
+constexpr int64_t kTask = 128 << 10;   // products: a second thread costs more than fewer
 constexpr int64_t kRawRows = 2;        // up to here expanding in registers is cheaper than through scratch
 
 // Names of scratch buffers.
@@ -230,10 +231,11 @@ void run(const Call& call) {
   const Plan plan = make_plan<Dot>(call.w);
   const int64_t stride = packed_bytes<Dot>(plan);
   const int64_t panels = (call.w.n + kPanel - 1) / kPanel;
-  // Panels to a task: kFetch bytes of codes, but two tasks for every thread.
+  // Panels to a task: kFetch bytes of codes, but two tasks for every thread unless they would be tiny.
   const int64_t fair = panels / (2 * std::max<int64_t>(torch::stable::get_num_threads(), 1));
-  const int64_t group =
-      std::max<int64_t>(1, std::min(fair, kFetch / std::max<int64_t>(kPanel * call.w.codes.row_bytes, 1)));
+  const int64_t least = kTask / std::max<int64_t>(kPanel * call.w.k * std::min(call.m, kRows), 1);
+  const int64_t group = std::max<int64_t>(
+      {1, least, std::min(fair, kFetch / std::max<int64_t>(kPanel * call.w.codes.row_bytes, 1))});
   const int64_t batch = std::min(call.m, std::max<int64_t>(kRows, kPacked / stride / kRows * kRows));
   int32_t* x = scratch<Packed, int32_t>(batch * stride / 4);
   SegmentSums* sums = scratch<PackedSums, SegmentSums>(batch * plan.count);
