@@ -169,7 +169,15 @@ def append_refused():
 
 
 SUITE = [
-    *checks(pyarch.paged_attention, attention_samples, refused=attention_refused, keep_layout=("k_cache", "v_cache")),
+    # floor 2: the exponential magnifies one rounding of a score, so the largest of many errors is a matter of chance
+    # (in fp32 up to 2.1 times torch's where the root mean square is 0.92 times)
+    *checks(
+        pyarch.paged_attention,
+        attention_samples,
+        refused=attention_refused,
+        keep_layout=("k_cache", "v_cache"),
+        floor=2.0,
+    ),
     *checks(pyarch.kv_append, append_samples, refused=append_refused, keep_layout=("k_cache", "v_cache")),
 ]
 
