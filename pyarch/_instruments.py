@@ -99,7 +99,7 @@ class Guarded:
     def check(self, what: str) -> None:
         for base, outside in self.bases:
             fill = 1 if base.dtype == torch.bool else 0xFF
-            kept = base.detach().view(torch.uint8).view(base.numel(), -1)[outside] == fill
+            kept = base.detach().view(torch.uint8).view(base.numel(), base.element_size())[outside] == fill
             assert bool(kept.all()), f"{what}: wrote outside an argument"
 
 

@@ -294,7 +294,7 @@ Tensor quant_matmul(Tensor x, Tensor q, Tensor scale, std::optional<Tensor> zero
   PYARCH_CHECK(group_size == -1 || group_size >= 1, "group_size: must be -1 or at least 1");
   PYARCH_CHECK(w.k < (int64_t{1} << 31) && w.n < (int64_t{1} << 31), "q: more than 2^31 rows or columns");
   w.groups = group_size == -1 ? 1 : w.k / group_size + (w.k % group_size != 0);
-  w.group_size = group_size == -1 ? std::max<int64_t>(w.k, 1) : group_size;
+  w.group_size = std::max<int64_t>(group_size == -1 ? w.k : std::min(group_size, w.k), 1);
   PYARCH_CHECK(matrix(scale, w.n, w.groups), "scale: must be contiguous [N, groups]");
   with_float_type(scale.scalar_type(), "scale", [](auto) {});
   PYARCH_CHECK(!zero || matrix(*zero, w.n, w.groups), "zero: must be contiguous [N, groups]");
