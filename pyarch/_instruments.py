@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from . import native
@@ -19,17 +18,8 @@ from . import native
 GUARD = 0 if hasattr(ctypes.CDLL(None), "__asan_init") else 64
 
 
-class Operators(TorchDispatchMode):
-    """Records the pyarch operators that run inside, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "pyarch":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
+class Operators(native.Recorder):
+    """Records the pyarch operators that run inside, and says whether they were the right ones."""
 
     def check(self, what: str, backend: str, results: Iterable[torch.Tensor]) -> None:
         """Only operators of this backend ran, and at least one did, unless there was nothing to compute."""

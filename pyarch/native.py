@@ -14,8 +14,10 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import arch
 
@@ -109,3 +111,16 @@ def poison(on: bool) -> None:
 def operator(name: str, backend: str) -> Callable:
     """The torch operator of an op on a backend."""
     return _OPERATORS[name, backend]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the pyarch operators that run inside, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pyarch":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))

@@ -16,8 +16,7 @@ struct ByteRows {
 
 // The bytes [from, from + count) of kPanel rows from `row` on, as dwords: lane n of out[d][v] is dword d of
 // row row + v * W + n. Writes whole 16 bytes, so up to 3 dwords more than asked for. Rows past the end repeat
-// the last one: their results are not stored. next: rows from this panel to the one that this thread reads
-// next, which it begins to fetch, or -1.
+// the last one: their results are not stored.
 inline void transpose_panel(const ByteRows& rows, int64_t row, int64_t from, int64_t count, I* out) {
   const uint8_t* p = rows.data + row * rows.row_bytes + from;
   int64_t stride = rows.row_bytes;

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..dispatch import forced
-from ..native import operator
+from ..native import Recorder, operator
 from .attention import Attention, PagedBatch
 from .mlp import SwiGLU
 from .norm import RMSNorm
@@ -55,7 +54,7 @@ class DecoderBlock(torch.nn.Module):
                 return short(x, residual, rope, batch, layer)
         elif short is not None or self._tried != key:
             self._short, self._tried = None, key
-            with _Calls() as noted:
+            with Recorder() as noted:
                 result = self._whole(x, residual, rope, batch, layer)
             if [call for call, _ in noted.calls] == _STEPS:
                 self._short = _ShortWay(self, [args for _, args in noted.calls])
@@ -69,19 +68,6 @@ class DecoderBlock(torch.nn.Module):
 
     def __getstate__(self):
         return {**self.__dict__, "_short": None, "_tried": None}
-
-
-class _Calls(TorchDispatchMode):
-    """Notes the pyarch operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "pyarch":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
 
 
 class _ShortWay:

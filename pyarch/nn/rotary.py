@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..ops.rotary import rotate
+
 
 class RotaryEmbedding(torch.nn.Module):
     """Tables of cos and sin for positions 0, 1, ...: angle(p, i) = p * theta^(-2i / head_dim) / factors[i].
@@ -51,11 +53,7 @@ class RotaryEmbedding(torch.nn.Module):
         """Rotates x (..., S, head_dim), whose rows stand at positions 0 to S-1; differentiable."""
         cos, sin = (t[: x.shape[-2]] for t in self.tables(x.shape[-2], x.device))
         wide = x if x.dtype == torch.float64 else x.float()
-        if self.interleaved:
-            a, b = wide[..., 0::2], wide[..., 1::2]
-            return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-        a, b = wide.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+        return rotate(wide, cos, sin, self.interleaved).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, theta={self.theta}, interleaved={self.interleaved}"

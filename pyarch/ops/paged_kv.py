@@ -38,7 +38,7 @@ import torch
 
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator
-from . import _args
+from . import _args, _attention
 
 
 def kv_append(
@@ -60,7 +60,9 @@ def kv_append(
     chosen = KV_APPEND.choose(backend, check_append(k, v, k_cache, v_cache, slot_mapping))
     if chosen == "reference":
         return kv_append_reference(k, v, k_cache, v_cache, slot_mapping)
-    operator("kv_append", chosen)(_rows(k), _rows(v), k_cache, v_cache, _rows(slot_mapping))
+    operator("kv_append", chosen)(
+        _args.row_contiguous(k), _args.row_contiguous(v), k_cache, v_cache, _args.row_contiguous(slot_mapping)
+    )
 
 
 def kv_append_reference(
@@ -109,8 +111,8 @@ def paged_attention(
         return paged_attention_reference(q, k_cache, v_cache, block_table, seq_lens, return_lse=return_lse, **options)
     left, right = (-1, -1) if window is None else window
     out, lse = operator("paged_attention", chosen)(
-        _rows(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right, softcap,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        _args.row_contiguous(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right,
+        softcap, q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -233,14 +235,8 @@ def check(
         _args.shape("cu_seqlens_q", cu_seqlens_q, batch + 1)
     elif q.shape[0] != batch:
         raise ValueError(f"q: without cu_seqlens_q must have one row per sequence ({batch}), not {q.shape[0]}")
-    if window is not None and not (
-        isinstance(window, (tuple, list)) and len(window) == 2 and all(isinstance(w, int) and w >= -1 for w in window)
-    ):
-        raise ValueError(f"window: must be None or (left, right), each an int of at least -1, not {window!r}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: must be finite and at least 0 (0: none), not {softcap}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: must be None or finite, not {scale}")
+    _attention.window(window)
+    _attention.scaling(softcap, scale)
     if sinks is not None:
         _args.tensor("sinks", sinks, rank=1, dtypes=(q.dtype, torch.float32), device=device)
         _args.shape("sinks", sinks, q.shape[1])
@@ -266,18 +262,20 @@ def _facts(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requir
         "page_size": k_cache.shape[1],
         "head_dim": k_cache.shape[3],
         "requires_grad": requires_grad,
-        "cache_stride": 1 if k_cache.shape[3] == 1 or k_cache.stride(3) == v_cache.stride(3) == 1 else 0,
+        "dense_heads": dense_heads(k_cache, v_cache),
     }
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def dense_heads(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether the elements of a head lie side by side in both caches."""
+    return k_cache.shape[3] == 1 or k_cache.stride(3) == v_cache.stride(3) == 1
 
 
-def _inference(facts: Facts) -> str | None:
+def inference_only(facts: Facts) -> str | None:
+    """The predicate in the limits of kernels over the caches."""
     if facts["requires_grad"]:
         return "is for inference only, and autograd would record this call"
-    return None if facts["cache_stride"] else "needs caches whose last dimension is contiguous"
+    return None if facts["dense_heads"] else "needs caches whose last dimension is contiguous"
 
 
 def _append_fake(k, v, k_cache, v_cache, slot_mapping):
@@ -293,13 +291,13 @@ def _attention_fake(
 
 KV_APPEND = Op(
     "kv_append",
-    {"cpu": Limits("cpu", unless=_inference), "cuda": Limits("cuda", capability=(8, 0), unless=_inference)},
+    {"cpu": Limits("cpu", unless=inference_only), "cuda": Limits("cuda", capability=(8, 0), unless=inference_only)},
     check_append,
     "on the reference: in-place indexing in PyTorch",
 )
 PAGED_ATTENTION = Op(
     "paged_attention",
-    {"cpu": Limits("cpu", unless=_inference)},
+    {"cpu": Limits("cpu", unless=inference_only)},
     check,
     "on the reference: the kernels are for inference",
 )

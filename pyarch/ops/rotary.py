@@ -33,7 +33,7 @@ import torch
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator
 from . import _args
-from .paged_kv import kv_append_reference
+from .paged_kv import dense_heads, inference_only, kv_append_reference
 
 
 def rotary_append(
@@ -96,7 +96,7 @@ def rotary_append_reference(
     heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, k_cache.shape[3]))
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     angles = cos[positions][:, None], sin[positions][:, None]
-    q, k = (_rotate(_normed(x, w, eps), *angles, interleaved).to(qkv.dtype) for x, w in ((q, q_norm), (k, k_norm)))
+    q, k = (rotate(_normed(x, w, eps), *angles, interleaved).to(qkv.dtype) for x, w in ((q, q_norm), (k, k_norm)))
     kv_append_reference(k, v, k_cache, v_cache, slot_mapping)
     return q
 
@@ -106,7 +106,8 @@ def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.T
     return wide if weight is None else wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """x (..., D) with its pairs turned; cos and sin broadcast to (..., D/2)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     turned = a * cos - b * sin, b * cos + a * sin
     return torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
@@ -165,21 +166,15 @@ def check(
         "device": _args.device_type(qkv),
         "dtype": dtype,
         "requires_grad": _args.needs_grad(qkv, cos, sin, k_cache, v_cache, q_norm, k_norm),
-        "dense_heads": dim == 1 or k_cache.stride(3) == v_cache.stride(3) == 1,
+        "dense_heads": dense_heads(k_cache, v_cache),
     }
-
-
-def _inference(facts: Facts) -> str | None:
-    if facts["requires_grad"]:
-        return "is for inference only, and autograd would record this call"
-    return None if facts["dense_heads"] else "needs caches whose last dimension is contiguous"
 
 
 def _fake(qkv, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, num_heads, interleaved, eps):
     return qkv.new_empty((qkv.shape[0], num_heads, k_cache.shape[3]))
 
 
-LIMITS = {"cpu": Limits("cpu", unless=_inference)}
+LIMITS = {"cpu": Limits("cpu", unless=inference_only)}
 ROTARY_APPEND = Op("rotary_append", LIMITS, check, "on the reference: the kernels are for inference")
 define(
     "rotary_append",
