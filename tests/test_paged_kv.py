@@ -187,6 +187,22 @@ def test_suite(check):
     check()
 
 
+@pytest.mark.parametrize("head_dim", [320, 512])
+@pytest.mark.parametrize("seed", range(6))
+def test_long_heads(head_dim, seed):
+    """The tolerance rule without its floor: a long head must not be one long chain of additions."""
+    torch.manual_seed(seed)
+    (k, v, table, lens), _ = paged([200, 90], 16, 2, head_dim)
+    rows = [40, 1]
+    q = torch.randn(sum(rows), 4, head_dim)
+    cu = starts(rows)
+    got = pyarch.paged_attention(q, k, v, table, lens, cu_seqlens_q=cu, backend="cpu").double()
+    peer = paged_attention_reference(q, k, v, table, lens, cu_seqlens_q=cu).double()
+    truth = paged_attention_reference(q.double(), k.double(), v.double(), table, lens, cu_seqlens_q=cu)
+    for part in (slice(0, 40), slice(40, 41)):
+        assert (got - truth)[part].norm() <= 1.5 * (peer - truth)[part].norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_reference_is_sdpas(dtype):
     arguments, dense = paged([37, 5, 64], 8, 2, 16, dtype)

@@ -10,6 +10,7 @@
 // dimension (Pair, for the dot-product instruction).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -30,6 +31,7 @@ constexpr int kRowVectors = 2, kColumns = 4;  // 8 in 16, the rest for the produ
 #endif
 constexpr int kRows = kRowVectors * W;  // rows of a task at most
 constexpr int kKeys = 64;               // keys of a block; blocks start at multiples of it in every sequence
+constexpr int kChain = 128;             // words of a product of q and k that are added one after the other
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
@@ -126,22 +128,32 @@ __attribute__((always_inline)) inline void clear(F (&sum)[kColumns][R]) {
 }
 
 // scores [keys][R * W] = factor * (K Q^T), and most[r] = their maximum over the keys. K [keys][depth] words,
-// ld words apart, keys a multiple of kColumns.
+// ld words apart, keys a multiple of kColumns. A long product is summed in pieces of kChain words, and the
+// pieces in their order: a row lies in the lanes, so that one chain would be as long as the head.
 template <class Dot, int R>
 void score(const float* q, const Word* k, int64_t ld, int keys, int depth, float factor, float* scores,
            F (&most)[R]) {
   for (int r = 0; r < R; ++r) most[r] = set1(-kInf);
   for (int j0 = 0; j0 < keys; j0 += kColumns) {
+    float* to = scores + j0 * R * W;
     F sum[kColumns][R];
-    clear<R>(sum);
-    multiply<Dot, R>(q, k + j0 * ld, ld, 1, depth, sum);
+    for (int d = 0;; d += kChain) {
+      clear<R>(sum);
+      multiply<Dot, R>(q + d * R * W, k + j0 * ld + d, ld, 1, std::min(kChain, depth - d), sum);
+      if (d > 0)
+        for (int j = 0; j < kColumns; ++j)
+          for (int r = 0; r < R; ++r) sum[j][r] = load(to + (j * R + r) * W) + sum[j][r];
+      if (d + kChain >= depth) break;
+      for (int j = 0; j < kColumns; ++j)
+        for (int r = 0; r < R; ++r) store(to + (j * R + r) * W, sum[j][r]);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const F s = sum[j][r] * set1(factor);
         most[r] = max(most[r], s);
-        store(scores + (j0 + j) * R * W + r * W, s);
+        store(to + (j * R + r) * W, s);
       }
   }
 }
