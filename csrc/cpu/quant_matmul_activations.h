@@ -96,7 +96,7 @@ void pack_row(const T* x, const Plan& plan, int32_t* out, SegmentSums* sums, flo
     widen(x, plan.k, wide);
     std::fill(wide + plan.k, wide + plan.padded + 16, 0.0f);
     if constexpr (Dot::columns == 2) {
-      std::memcpy(out, x, plan.k * sizeof(T));
+      std::copy(x, x + plan.k, reinterpret_cast<T*>(out));
       for (int64_t i = 0; i < plan.count; ++i)
         sums[i] = {0, 0.0f,
                    plan.sums ? sum_of(wide + plan.segments[i].column, plan.segments[i].columns) : 0.0f};
