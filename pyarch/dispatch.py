@@ -51,11 +51,15 @@ class Limits:
         for fact, (low, high) in self.ranges.items():
             if not low <= facts[fact] <= high:
                 return f"takes {fact} {low} to {high}, not {facts[fact]}"
-        if self.capability > (0, 0) and facts["device"] == "cuda":
-            have = torch.cuda.get_device_capability()
-            if have < self.capability:
-                return f"needs compute capability {self.capability}, this GPU has {have}"
+        if facts["device"] == "cuda" and (reason := self.outdated_gpu()):
+            return reason
         return self.unless(facts) if self.unless else None
+
+    def outdated_gpu(self) -> str | None:
+        """Why the GPU of this machine, which has one, is too old; None if it is not."""
+        if self.capability > (0, 0) and (have := torch.cuda.get_device_capability()) < self.capability:
+            return f"needs compute capability {self.capability}, this GPU has {have}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def forced() -> str:
 
 def backends() -> dict[str, str | None]:
     """Every backend, with None where it can run in this process and the reason where it cannot."""
-    return {name: native.unavailable(name) for name in BACKENDS}
+    return {name: native.unavailable(name) or native.no_device(name) for name in BACKENDS}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -69,8 +69,16 @@ _UNAVAILABLE = {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "referen
 
 
 def unavailable(backend: str) -> str | None:
-    """Why a backend ('cpu', 'cuda', 'triton', 'reference') cannot run in this process; None if it can."""
+    """Why what a backend ('cpu', 'cuda', 'triton', 'reference') runs on is not loaded; None if it is."""
     return _UNAVAILABLE[backend]
+
+
+def no_device(backend: str) -> str | None:
+    """Why this machine has no device for a backend; None if it has one. Asks the driver, so it is not for every call:
+    a tensor on a device proves that it exists."""
+    if backend not in ("cuda", "triton") or (backend == "triton" and arch.interpreting()) or torch.cuda.is_available():
+        return None
+    return "torch finds no GPU here: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
 
 
 def missing(name: str, backend: str) -> str | None:

@@ -35,9 +35,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import native
 from ._instruments import Guarded, Operators, assert_close, poisoned, refused, same
-from .dispatch import BACKENDS, Op
+from .dispatch import BACKENDS, Op, backends
 from .explain import op_of
 
 Named = dict[str, Any]
@@ -132,11 +131,12 @@ class Check:
 def checks(op: Callable, samples: Callable, **options) -> list[Check]:
     """All checks of an op that can run in this process; options are Suite's. Raises if the CPU library is missing."""
     suite = Suite(op, samples, **options)
-    if "cpu" in suite.card.limits and (reason := native.unavailable("cpu")):
+    runs = backends()
+    if "cpu" in suite.card.limits and (reason := runs["cpu"]):
         raise RuntimeError(f"the CPU backend cannot be checked: {reason}")
     found = []
     for backend, limits in suite.card.limits.items():
-        if native.unavailable(backend) is None:
+        if runs[backend] is None:
             parts = [part for part in PARTS if part != "gradient" or suite.gradients]
             found += [Check(suite, part, backend, dtype) for part in parts for dtype in limits.dtypes]
     return found

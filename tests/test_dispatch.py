@@ -88,6 +88,7 @@ def test_backends_names_all_and_says_why_not():
     assert found["cpu"] is None
     assert found["reference"] is None
     assert torch.version.cuda or "without CUDA" in found["cuda"]
+    assert torch.cuda.is_available() or found["cuda"] is not None
 
 
 def test_use_backend_decides_what_auto_is_inside():

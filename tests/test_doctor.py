@@ -37,6 +37,30 @@ def test_backends_are_as_reported():
                 pyarch.rms_norm(x, w, backend=backend)
 
 
+def test_a_gpu_backend_runs_only_with_a_gpu(monkeypatch, capsys):
+    for backend in ("cuda", "triton"):
+        monkeypatch.setitem(native._UNAVAILABLE, backend, None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = doctor.report()
+    for backend in ("cuda", "triton"):
+        assert "finds no GPU" in found["backends"][backend]
+        assert all(verdicts[backend] is not None for verdicts in found["ops"].values())
+    assert f"not triton: {found['backends']['triton']}" in doctor._text(found)
+    monkeypatch.setitem(native._UNAVAILABLE, "cpu", "not built")
+    assert main(["doctor"]) == 1
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # interpreted kernels need none
+    assert doctor.report()["ops"]["quant_matmul"]["triton"] is None
+
+
+def test_a_gpu_too_old_for_a_kernel_is_named(monkeypatch):
+    monkeypatch.setitem(native._UNAVAILABLE, "triton", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "compute capability (8, 0), this GPU has (7, 5)" in doctor.report()["ops"]["quant_matmul"]["triton"]
+
+
 def test_an_operator_that_the_library_lacks_is_reported():
     native.define("unbuilt", "(Tensor x) -> Tensor", torch.empty_like)
     assert native.missing("rms_norm", "cpu") is None

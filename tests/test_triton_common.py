@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from pyarch import arch, native
+import pyarch
+from pyarch import arch
 from pyarch.ops import _activation
 
-if native.unavailable("triton") or not (arch.interpreting() or torch.cuda.is_available()):
+if pyarch.backends()["triton"]:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 

@@ -15,7 +15,7 @@ from pyarch.ops.quant_matmul import quant_matmul_reference
 from pyarch.quantized import QuantizedTensor, pack_int4
 from pyarch.testing import Sample, checks
 
-if native.unavailable("triton") or not (arch.interpreting() or torch.cuda.is_available()):
+if pyarch.backends()["triton"]:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__, arch, native
-from ..dispatch import BACKENDS, Op
+from ..dispatch import BACKENDS, Op, backends
 from ..explain import ops
 
 EXTRAS = {"models": ("numpy", "gguf", "safetensors", "tokenizers", "jinja2", "tqdm")}
@@ -54,17 +54,26 @@ def report() -> dict[str, Any]:
         "gpu": _gpus(),
         "tools": {name: _tool(name) for name in TOOLS},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
-        "backends": {name: native.unavailable(name) for name in BACKENDS},
-        "ops": {name: {b: _reason(op, b) for b in BACKENDS if b != "reference"} for name, op in ops().items()},
+        "backends": backends(),
+        "ops": {name: _verdicts(op) for name, op in ops().items()},
         "advice": _advice(),
     }
 
 
-def _reason(op: Op, backend: str) -> str | None:
-    if backend not in op.limits:
-        return f"no {backend} kernel"
-    why = native.unavailable(backend)
-    return why or (native.missing(op.name, backend) if backend in ("cpu", "cuda") else None)
+def _verdicts(op: Op) -> dict[str, str | None]:
+    """Per backend but the reference: None if the op runs on it here, else why not."""
+    found: dict[str, str | None] = {}
+    for backend, why in backends().items():
+        if backend == "reference":
+            continue
+        if backend not in op.limits:
+            why = f"no {backend} kernel"
+        elif why is None and backend in ("cpu", "cuda"):
+            why = native.missing(op.name, backend)
+        if why is None and torch.cuda.is_available() and op.limits[backend].device == "cuda":
+            why = op.limits[backend].outdated_gpu()
+        found[backend] = why
+    return found
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -90,7 +99,7 @@ def _advice() -> list[str]:
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         advice.append("cuda, triton: there is a GPU driver, but this torch is built for the CPU: install a CUDA build")
     elif torch.version.cuda is not None and not torch.cuda.is_available():
-        advice.append("cuda, triton: this torch is a CUDA build, but it finds no GPU: check the driver (nvidia-smi)")
+        advice.append(f"cuda, triton: {native.no_device('cuda')}")
     missing = [name for names in EXTRAS.values() for name in names if _version(name) is None]
     if missing:
         advice.append(f"models: {', '.join(missing)} missing: pip install 'pyarch-kernels[models]'")
@@ -136,15 +145,15 @@ def _text(found: dict[str, Any]) -> str:
     section("gpu" if gpus else "gpu: none that this torch can use", gpus)
     section("tools", {name: value or "not found" for name, value in found["tools"].items()})
     section("backends", {name: "runs" if why is None else f"no: {why}" for name, why in found["backends"].items()})
-    section("ops", {name: _verdicts(backends) for name, backends in found["ops"].items()})
+    section("ops", {name: _sentence(verdicts) for name, verdicts in found["ops"].items()})
     if found["advice"]:
         lines += ["what to do", *(f"  {line}" for line in found["advice"])]
     return "\n".join(lines)
 
 
-def _verdicts(backends: dict[str, str | None]) -> str:
-    runs = [name for name, why in backends.items() if why is None]
-    none = [name for name, why in backends.items() if why == f"no {name} kernel"]
+def _sentence(verdicts: dict[str, str | None]) -> str:
+    runs = [name for name, why in verdicts.items() if why is None]
+    none = [name for name, why in verdicts.items() if why == f"no {name} kernel"]
     parts = [", ".join([*runs, "reference"])]
-    parts += [f"not {name}: {why}" for name, why in backends.items() if why is not None and name not in none]
+    parts += [f"not {name}: {why}" for name, why in verdicts.items() if why is not None and name not in none]
     return "; ".join(parts + [f"no kernel: {', '.join(none)}"] * bool(none))
