@@ -92,12 +92,12 @@ gpu: $(READY)  ## on a GPU machine, PART=peers, test or bench; ENV=active where 
 # Python is not sanitized, so libasan comes first by LD_PRELOAD; Python and torch keep memory to the end, so leaks are
 # not looked for. The sanitizer does not see masked vector loads: the portable library runs too, which has none.
 SANITIZED := .cache/sanitize
-sanitize: $(READY)  ## the op suite on CPU libraries with AddressSanitizer and UBSan; ISA=portable for one of them
+sanitize: $(READY) $(WEIGHTS)/done  ## the op suite on CPU libraries with AddressSanitizer and UBSan; ISA=portable for one of them
 	@status=0; for isa in $${ISA:-$$($(PY) -c 'from pyarch import arch; print(arch.cpu_isas()[0], "portable")')}; do \
 	  echo "== $$isa"; export PYARCH_CPU_ISA=$$isa; to=$(CURDIR)/$(SANITIZED)/$$isa; mkdir -p $$to; \
 	  PYARCH_SANITIZE=1 PYARCH_CUDA=0 $(PY) setup.py -q build --build-base $$to --build-lib $$to/lib > $$to/build.log 2>&1 \
 	    || { cat $$to/build.log; exit 1; }; \
-	  PYTHONPATH=$$to/lib:$(CURDIR) LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  PYTHONPATH=$$to/lib:$(CURDIR):$(CURDIR)/$(WEIGHTS) LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	    $(PY) -P -m pytest -p no:cacheprovider --capture=sys -m forward $(ARGS) || status=1; \
 	done; exit $$status
