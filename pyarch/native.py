@@ -128,6 +128,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, tuple]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # torch's own switch; else the first call imports its compiler: 140 MB, 2 s
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "pyarch":
             self.calls.append((func, args))

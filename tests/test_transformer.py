@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,6 +309,26 @@ class TestGGUF:
         torch.testing.assert_close(logits_of(ours, list(self.PROMPT)), want, rtol=2e-5, atol=atol)
         with pyarch.use_backend("reference"):
             torch.testing.assert_close(logits_of(plain, list(self.PROMPT)), want, rtol=2e-5, atol=atol)
+
+    def test_each_tensor_is_read_once(self, tmp_path, monkeypatch):
+        from pyarch.io import gguf
+
+        write_gguf(tmp_path / "a.gguf", {})
+        read, get = [], gguf._Tensors.__getitem__
+        monkeypatch.setattr(gguf._Tensors, "__getitem__", lambda self, name: read.append(name) or get(self, name))
+        Llama.from_gguf(tmp_path / "a.gguf")
+        assert sorted(read) == sorted(gguf.load(tmp_path / "a.gguf").infos)
+
+    def test_answering_does_not_import_the_compiler(self, tmp_path):
+        """It would be most of the time to the first token, and as much memory as the weights."""
+        write_gguf(tmp_path / "a.gguf", dict.fromkeys(["token_embd", *GGUF_SHAPES], "Q4_1"))
+        code = (
+            "import sys; from pyarch.models import Llama, generate; from pyarch.cli.generate import operators\n"
+            "model = Llama.from_gguf(sys.argv[1]); print(len(list(generate(model, [5, 40], max_tokens=3))))\n"
+            "print(len(operators(model, [5])), 'torch._dynamo' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.gguf")], capture_output=True, text=True)
+        assert done.stdout.split() == ["3", "6", "False"], done.stderr
 
     def test_rotary_convention_of_the_architecture(self, tmp_path):
         write_gguf(tmp_path / "llama.gguf", {})

@@ -16,7 +16,8 @@ from .. import nn
 from ..quantized import QuantizedTensor
 from .transformer import Llama, LlamaConfig
 
-Tensors = Mapping[str, Any]  # name -> torch.Tensor or QuantizedTensor
+Tensors = Mapping[str, Any]  # name -> torch.Tensor or QuantizedTensor, read at each access
+Infos = Mapping[str, Any]  # name -> what the header says of a tensor: its shape
 Progress = Callable[[Iterable], Iterable]
 
 GGUF_NAMES = {
@@ -68,7 +69,7 @@ def from_gguf(source: Any, *, dtype: torch.dtype = torch.float32, device: torch.
         from ..io import gguf
 
         source = gguf.load(source)
-    config = gguf_config(source.metadata, source.tensors)
+    config = gguf_config(source.metadata, source.infos, source.tensors)
     ignored = {"rope_freqs.weight"}
     return _build(config, source.tensors, GGUF_NAMES, ignored, dtype, device, act_bits, dequantize, progress)
 
@@ -83,14 +84,14 @@ def from_pretrained(source: Any, *, dtype: torch.dtype = torch.float32, device: 
         from ..io import checkpoint
 
         source = checkpoint.load(source)
-    config = hf_config(source.config, source.tensors)
+    config = hf_config(source.config, source.infos)
     ignored = {n for n in source.tensors if n.endswith("rotary_emb.inv_freq")}
     if config.tied:
         ignored.add("lm_head.weight")
     return _build(config, source.tensors, HF_NAMES, ignored, dtype, device, act_bits, False, progress)
 
 
-def gguf_config(metadata: Mapping[str, Any], tensors: Tensors) -> LlamaConfig:
+def gguf_config(metadata: Mapping[str, Any], infos: Infos, tensors: Tensors) -> LlamaConfig:
     """The shape of a GGUF file's model. Raises ValueError naming the key."""
     arch = metadata.get("general.architecture")
     if arch not in ("llama", "qwen2", "qwen3"):
@@ -116,10 +117,10 @@ def gguf_config(metadata: Mapping[str, Any], tensors: Tensors) -> LlamaConfig:
     if "rope_freqs.weight" in tensors:
         factors = tuple(tensors["rope_freqs.weight"].float().flatten().tolist())
     return LlamaConfig(
-        vocab_size=_vocabulary(tensors, GGUF_NAMES),
+        vocab_size=_vocabulary(infos, GGUF_NAMES),
         hidden_size=hidden,
         intermediate_size=_count(metadata, key("feed_forward_length")),
-        num_layers=_layers(_count(metadata, key("block_count")), tensors, GGUF_NAMES),
+        num_layers=_layers(_count(metadata, key("block_count")), infos, GGUF_NAMES),
         num_heads=heads,
         num_kv_heads=_count(metadata, key("attention.head_count_kv"), heads),
         head_dim=head_dim,
@@ -129,11 +130,11 @@ def gguf_config(metadata: Mapping[str, Any], tensors: Tensors) -> LlamaConfig:
         rope_factors=factors,
         rope_interleaved=arch == "llama",  # the converter permutes q and k rows of this architecture only
         window=_count(metadata, key("attention.sliding_window"), 0) or None,
-        **_present(tensors, GGUF_NAMES),
+        **_present(infos, GGUF_NAMES),
     )
 
 
-def hf_config(config: Mapping[str, Any], tensors: Tensors) -> LlamaConfig:
+def hf_config(config: Mapping[str, Any], infos: Infos) -> LlamaConfig:
     """The shape of a Hugging Face model. Raises ValueError naming the key of config.json."""
     kind = config.get("model_type")
     if kind not in ("llama", "mistral", "qwen2", "qwen3"):
@@ -149,12 +150,12 @@ def hf_config(config: Mapping[str, Any], tensors: Tensors) -> LlamaConfig:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = _number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0)
     window = _count(config, "sliding_window", 0) if kind == "mistral" else 0
-    present = _present(tensors, HF_NAMES)
+    present = _present(infos, HF_NAMES)
     return LlamaConfig(
-        vocab_size=_vocabulary(tensors, HF_NAMES),
+        vocab_size=_vocabulary(infos, HF_NAMES),
         hidden_size=hidden,
         intermediate_size=_count(config, "intermediate_size"),
-        num_layers=_layers(_count(config, "num_hidden_layers"), tensors, HF_NAMES),
+        num_layers=_layers(_count(config, "num_hidden_layers"), infos, HF_NAMES),
         num_heads=heads,
         num_kv_heads=_count(config, "num_key_value_heads", heads),
         head_dim=head_dim,
@@ -200,29 +201,29 @@ def _rope_factors(scaling: Mapping[str, Any], head_dim: int, theta: float) -> tu
     raise ValueError(f"rope_type: must be default, linear or llama3, not {kind!r}")
 
 
-def _vocabulary(tensors: Tensors, names: Mapping[str, str]) -> int:
+def _vocabulary(infos: Infos, names: Mapping[str, str]) -> int:
     name = names["embed"] + ".weight"
-    if name not in tensors or len(tensors[name].shape) != 2:
+    if name not in infos or len(infos[name].shape) != 2:
         raise ValueError(f"{name}: must be a matrix of this file")
-    return tensors[name].shape[0]
+    return infos[name].shape[0]
 
 
-def _layers(count: int, tensors: Tensors, names: Mapping[str, str]) -> int:
+def _layers(count: int, infos: Infos, names: Mapping[str, str]) -> int:
     for i in range(count):  # ends at the first that is missing, whatever the header claims
-        if (name := names["attention_norm"].format(i) + ".weight") not in tensors:
+        if (name := names["attention_norm"].format(i) + ".weight") not in infos:
             raise ValueError(f"{name}: is missing, though the header counts {count} layers")
     return count
 
 
-def _present(tensors: Tensors, names: Mapping[str, str]) -> dict[str, bool]:
+def _present(infos: Infos, names: Mapping[str, str]) -> dict[str, bool]:
     """The parts that a model has or has not, told by its first layer."""
     first = {part: name.format(0) for part, name in names.items()}
     return {
-        "qkv_bias": any(first[p] + ".bias" in tensors for p in "qkv"),
-        "out_bias": first["out"] + ".bias" in tensors,
-        "mlp_bias": any(first[p] + ".bias" in tensors for p in ("gate", "up", "down")),
-        "qk_norm": first["q_norm"] + ".weight" in tensors,
-        "tied": first["head"] + ".weight" not in tensors,
+        "qkv_bias": any(first[p] + ".bias" in infos for p in "qkv"),
+        "out_bias": first["out"] + ".bias" in infos,
+        "mlp_bias": any(first[p] + ".bias" in infos for p in ("gate", "up", "down")),
+        "qk_norm": first["q_norm"] + ".weight" in infos,
+        "tied": first["head"] + ".weight" not in infos,
     }
 
 

@@ -11,6 +11,11 @@ from ._quantized import QuantizedModule
 class Embedding(torch.nn.Embedding):
     """torch.nn.Embedding, with the dtype of its rows."""
 
+    def reset_parameters(self) -> None:
+        """As torch's, but for the meta device: nothing is there to fill, and torch would import its compiler for it."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
