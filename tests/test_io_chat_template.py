@@ -1,5 +1,7 @@
 """Chat templates: what they are given, and that hostile ones are stopped."""
 
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -41,6 +43,15 @@ def test_templates_have_what_hugging_face_gives_them():
     )
     text = chat_template.render(template, {"messages": [{"a": "é<"}, {}]})
     assert text == '{"a": "é<"}Y' + time.strftime("%Y")
+
+
+def test_what_is_preloaded_here_does_not_count_there(monkeypatch):
+    """A sanitizer in LD_PRELOAD reserves terabytes of addresses, far beyond the limit."""
+    if (compiler := shutil.which("c++")) is None:
+        pytest.skip("no C++ compiler, which has a sanitizer")
+    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True)
+    monkeypatch.setenv("LD_PRELOAD", found.stdout.strip())
+    assert chat_template.render("{{ 1 + 1 }}", {}) == "2"
 
 
 HOSTILE = {
