@@ -42,7 +42,7 @@ class TestAgainstTransformers:
 
     @pytest.mark.parametrize("name", LOGITS)
     def test_judged_live(self, name, tmp_path):
-        transformers = pytest.importorskip("transformers")
+        transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[judges]'")
         HF.write_folder(name, tmp_path)
         judge = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         with torch.inference_mode():
@@ -327,7 +327,8 @@ class TestGGUF:
             "model = Llama.from_gguf(sys.argv[1]); print(len(list(generate(model, [5, 40], max_tokens=3))))\n"
             "print(len(operators(model, [5])), 'torch._dynamo' in sys.modules)"
         )
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.gguf")], capture_output=True, text=True)
+        command = [sys.executable, "-P", "-c", code, str(tmp_path / "a.gguf")]  # this very pyarch, not the folder's
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.stdout.split() == ["3", "6", "False"], done.stderr
 
     def test_rotary_convention_of_the_architecture(self, tmp_path):
