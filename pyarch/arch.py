@@ -68,6 +68,11 @@ def cpu_isas() -> list[str]:
     return [asked]
 
 
+def environment_of_a_limited_process() -> dict[str, str]:
+    """This process's environment without LD_PRELOAD: allocators and sanitizers there reserve more than a limit allows."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter in this process."""
     return os.environ.get("TRITON_INTERPRET") == "1"

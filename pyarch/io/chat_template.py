@@ -9,7 +9,6 @@ costs about 0.1 s (docs/decisions/0051).
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
@@ -25,11 +24,13 @@ def render(template: str, variables: dict[str, Any]) -> str:
         request = json.dumps({"template": template, "variables": variables})
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"messages: must be plain JSON-like data: {e}") from None
-    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # an allocator there may reserve more than MEMORY
+    from .. import arch  # not where this file is a script
+
     try:
         child = subprocess.run(
-            [sys.executable, __file__], input=request.encode(), capture_output=True, timeout=2 * SECONDS, env=env
-        )
+            [sys.executable, __file__], input=request.encode(), capture_output=True, timeout=2 * SECONDS,
+            env=arch.environment_of_a_limited_process(),
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ValueError(f"chat template: took more than {SECONDS} s") from None
     try:
