@@ -69,7 +69,7 @@ def cpu_isas() -> list[str]:
 
 
 def environment_of_a_limited_process() -> dict[str, str]:
-    """This process's environment without LD_PRELOAD: allocators and sanitizers there reserve more than a limit allows."""
+    """The environment less LD_PRELOAD: allocators and sanitizers reserve more than a limit on memory allows."""
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
