@@ -10,6 +10,7 @@ constexpr int64_t kPromptLanes = 16;  // rows * group from which flash attention
 constexpr int64_t kRoundFloats =
     4 << 20;  // partial results in memory at a time, unless one sequence has more
 constexpr int64_t kSerialBytes = 128 << 10;  // less of the cache than this is read by one thread
+constexpr int64_t kSerialFloats = 32 << 10;  // fewer partial results than these are combined by one thread
 
 // out and lse of one row and query head from its splits.
 template <class T>
@@ -73,19 +74,22 @@ void attend_round(const PagedAttention& a, const std::vector<Work>& round, int64
         a, *w.sequence, w.first_split + split, a.k.heads * range / ranges, a.k.heads * (range + 1) / ranges,
         few::Partial(parts + w.parts + split * few::partial_floats(vectors, a.k.dim), vectors, a.k.dim));
   };
-  const auto finish = [&](int64_t i) {
-    const Work& w = round[i];
-    for (int64_t row = 0; row < w.sequence->rows; ++row)
-      for (int64_t head = 0; head < a.q_heads; ++head)
-        combine<T>(a, *w.sequence, parts + w.parts, w.splits, row, head);
-  };
   const int64_t tasks = first_task.back();
   if (threads == 1) {
     for (int64_t t = 0; t < tasks; ++t) task(t);
   } else {
     parallel_tasks(tasks, task);
   }
-  for (size_t i = 0; i < round.size(); ++i) finish(i);
+  const auto finish = [&](int64_t head) {
+    for (const Work& w : round)
+      for (int64_t row = 0; row < w.sequence->rows; ++row)
+        combine<T>(a, *w.sequence, parts + w.parts, w.splits, row, head);
+  };
+  if (floats < kSerialFloats) {
+    for (int64_t head = 0; head < a.q_heads; ++head) finish(head);
+  } else {
+    parallel_tasks(a.q_heads, finish);
+  }
 }
 
 }  // namespace

@@ -3,10 +3,10 @@
 //
 //   task = (sequence, split of kSplit positions, range of KV heads)
 //     K pass   position by position, head by head, as they lie in memory; a head's K vectors stay in
-//     registers for
-//              all its lanes. A lane is one (KV head, row, query head of the group): scores[position][lane]
+//              registers for all its lanes. A lane is one (KV head, row, query head of the group):
+//              scores[position][lane]
 //     softmax  of this split alone, lanes side by side: maximum m, sum l, probabilities
-//     V pass   kRows positions at a time, head by head: acc[lane][dim] += p * v
+//     V pass   a few positions at a time, head by head: acc[lane][dim] += p * v
 //   combine, lane by lane, splits in their order: out = sum(2^(m_i - m) acc_i) / sum(2^(m_i - m) l_i)
 //
 // Splits lie at multiples of kSplit and a lane adds position after position, so what is added to what depends
@@ -20,9 +20,7 @@ namespace pyarch {
 namespace few {
 
 constexpr int64_t kSplit = 256;  // positions a task covers
-constexpr int64_t kRows = 16;    // positions of V between a load and a store of the accumulators
-// Positions between a prefetch and its use: what measured best of 4 to 48.
-constexpr int64_t kAheadK = 4, kAheadV = 16;
+constexpr int64_t kMost = 16;    // positions between a prefetch and its use at most
 
 // The results of one split: acc, m and l of every lane of the sequence.
 struct Partial {
@@ -70,7 +68,19 @@ struct Range {
   int64_t lanes,
       stride;  // of a row of scores: (head_end - head_begin) * rows * group, and padded past W more
   const int64_t *k_at, *v_at;  // offsets of position start + i
+  int64_t ahead;               // positions between a prefetch and its use
+  int64_t block;  // positions of V that a head adds between a load and a store of its accumulators
 };
+
+// What is prefetched must still lie in L1 when its turn comes: a load that misses L1 waits behind all the
+// prefetches under way. So few bytes ahead, and V in blocks that keep nearly to the order of memory; larger
+// ones where several lanes share the loads of V.
+template <class T>
+inline void set_pace(const PagedAttention& a, Range& r) {
+  const int64_t row = a.v.dim * static_cast<int64_t>(sizeof(T));
+  r.block = std::clamp<int64_t>((a.group > 1 ? 1024 : 512) / row, 1, kMost);
+  r.ahead = std::clamp<int64_t>((8 << 10) / (row * (r.head_end - r.head_begin)), r.block, kMost);
+}
 
 // The first `count` positions of a pass, whose loop prefetches only those further on.
 template <class T>
@@ -89,7 +99,7 @@ void score(const PagedAttention& a, const Range& r, int64_t per_head, const type
   const T* keys = reinterpret_cast<const T*>(a.k.data) + r.head_begin * a.k.head_stride;
   const int64_t dim = a.k.dim;
   for (int64_t i = r.low; i < r.high; ++i) {
-    const T *row = keys + r.k_at[i], *ahead = keys + r.k_at[std::min(i + kAheadK, r.high - 1)];
+    const T *row = keys + r.k_at[i], *ahead = keys + r.k_at[i + r.ahead];
     const typename Dot<T>::Q* unit_q = q;
     float* to = scores + i * r.stride;
     for (int64_t lane = 0, in_head = 0; lane < r.lanes; to += batch * U) {
@@ -132,12 +142,12 @@ void score_all(const PagedAttention& a, const Range& r, int64_t per_head, const 
 // acc[g][NV vectors] += p[i][g] * row i, for i in [0, n), the vectors in the order of load_pair.
 template <class T, int G, int NV>
 inline void add_rows(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
-                     int64_t dim) {
+                     int64_t dim, int64_t ahead) {
   F a[G][NV];
   for (int g = 0; g < G; ++g)
     for (int d = 0; d < NV; ++d) a[g][d] = load(acc + g * dim + d * W);
   for (int64_t i = 0; i < n; ++i) {
-    prefetch(base + at[i + kAheadV], NV * W);
+    prefetch(base + at[i + ahead], NV * W);
     F row[NV];
     for (int d = 0; d < NV; d += 2) load_pair(base + at[i] + d * W, row[d], row[d + 1]);
     for (int g = 0; g < G; ++g) {
@@ -163,11 +173,12 @@ inline void add_tail(const T* base, const int64_t* at, const float* p, int64_t s
 
 template <class T, int G>
 inline void add_lanes(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
-                      int64_t dim) {
+                      int64_t dim, int64_t ahead) {
   constexpr int wide = W == 16 ? (G <= 2 ? 8 : 4) : (G <= 2 ? 4 : 2);
   int64_t d = 0;
-  for (; d + wide * W <= dim; d += wide * W) add_rows<T, G, wide>(base + d, at, p, stride, n, acc + d, dim);
-  for (; d + 2 * W <= dim; d += 2 * W) add_rows<T, G, 2>(base + d, at, p, stride, n, acc + d, dim);
+  for (; d + wide * W <= dim; d += wide * W)
+    add_rows<T, G, wide>(base + d, at, p, stride, n, acc + d, dim, ahead);
+  for (; d + 2 * W <= dim; d += 2 * W) add_rows<T, G, 2>(base + d, at, p, stride, n, acc + d, dim, ahead);
   for (; d < dim; d += W)
     add_tail<T, G>(base + d, at, p, stride, n, acc + d, dim, static_cast<int>(std::min<int64_t>(W, dim - d)));
 }
@@ -175,11 +186,12 @@ inline void add_lanes(const T* base, const int64_t* at, const float* p, int64_t 
 // The same for any number of lanes that share the rows, four at a time.
 template <class T>
 inline void add_group(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
-                      int64_t dim, int64_t group) {
-  for (; group >= 4; group -= 4, p += 4, acc += 4 * dim) add_lanes<T, 4>(base, at, p, stride, n, acc, dim);
-  if (group == 3) add_lanes<T, 3>(base, at, p, stride, n, acc, dim);
-  if (group == 2) add_lanes<T, 2>(base, at, p, stride, n, acc, dim);
-  if (group == 1) add_lanes<T, 1>(base, at, p, stride, n, acc, dim);
+                      int64_t dim, int64_t group, int64_t ahead) {
+  for (; group >= 4; group -= 4, p += 4, acc += 4 * dim)
+    add_lanes<T, 4>(base, at, p, stride, n, acc, dim, ahead);
+  if (group == 3) add_lanes<T, 3>(base, at, p, stride, n, acc, dim, ahead);
+  if (group == 2) add_lanes<T, 2>(base, at, p, stride, n, acc, dim, ahead);
+  if (group == 1) add_lanes<T, 1>(base, at, p, stride, n, acc, dim, ahead);
 }
 
 // Probabilities in place of scores, and m and l of each lane.
@@ -234,34 +246,36 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
   r.high = std::min(s.high, r.start + kSplit) - r.start;
   r.lanes = (head_end - head_begin) * per_head;
   r.stride = (r.lanes + 2 * W - 1) / W * W;
-  int64_t k_at[kSplit], v_at[kSplit + kAheadV];  // v_at has what a prefetch past the end looks at
+  set_pace<T>(a, r);
+  int64_t k_at[kSplit + kMost], v_at[kSplit + kMost];  // with what a prefetch past the end looks at
   a.offsets(a.k, s, r.start + r.low, r.start + r.high, k_at + r.low);
-  prefetch_rows<T>(a.k, r, k_at, kAheadK);
+  prefetch_rows<T>(a.k, r, k_at, r.ahead);
   a.offsets(a.v, s, r.start + r.low, r.start + r.high, v_at + r.low);
-  for (int64_t i = 0; i < kAheadV; ++i) v_at[r.high + i] = v_at[r.high - 1];
+  for (int64_t i = 0; i < r.ahead; ++i)
+    k_at[r.high + i] = k_at[r.high - 1], v_at[r.high + i] = v_at[r.high - 1];
   r.k_at = k_at, r.v_at = v_at;
 
   struct Scores;
   struct Queries;
   float* scores = scratch<Scores, float>(kSplit * r.stride);
   Q* q = scratch<Queries, Q>(r.lanes * dim);
-  for (int64_t lane = 0; lane < r.lanes; ++lane) {
-    const int64_t head = head_begin * a.group + lane / per_head * a.group + lane % a.group;
-    const T* from = reinterpret_cast<const T*>(a.q) + (s.first_row + lane % per_head / a.group) * a.q_row +
-                    head * a.q_head;
-    copy_row(from, q + lane * dim, dim);
-  }
+  Q* to = q;
+  for (int64_t head = head_begin * a.group; head < head_end * a.group; head += a.group)
+    for (int64_t row = 0; row < s.rows; ++row)
+      for (int64_t g = 0; g < a.group; ++g, to += dim)
+        copy_row(reinterpret_cast<const T*>(a.q) + (s.first_row + row) * a.q_row + (head + g) * a.q_head, to,
+                 dim);
 
   score_all<T>(a, r, per_head, q, scores);
-  prefetch_rows<T>(a.v, r, v_at, kAheadV);
+  prefetch_rows<T>(a.v, r, v_at, r.ahead);
   const int64_t first = head_begin * per_head;
   softmax(a, s, r, scores, partial.m + first, partial.l + first);
 
   const T* values = reinterpret_cast<const T*>(a.v.data);
   float* acc = partial.acc + first * dim;
   std::memset(acc, 0, r.lanes * dim * sizeof(float));
-  for (int64_t i = r.low; i < r.high; i += kRows) {
-    const int64_t n = std::min(kRows, r.high - i);
+  for (int64_t i = r.low; i < r.high; i += r.block) {
+    const int64_t n = std::min(r.block, r.high - i);
     for (int64_t h = head_begin; h < head_end; ++h) {
       const T* base = values + h * a.v.head_stride;
       for (int64_t row = 0; row < s.rows;
@@ -271,7 +285,7 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
         const int64_t lane = (h - head_begin) * per_head + row * a.group;
         if (count > 0)
           add_group<T>(base, v_at + begin, scores + begin * r.stride + lane, r.stride, count,
-                       acc + lane * dim, dim, a.group);
+                       acc + lane * dim, dim, a.group, r.ahead);
       }
     }
   }
