@@ -75,10 +75,10 @@ class Op:
         """Why this backend cannot run this call; None if it can."""
         if backend == "reference":
             return None
-        if backend not in self.limits:
+        limits = self.limits.get(backend)
+        if limits is None:
             return f"{self.name} has no {backend} kernel"
-        interpreted = backend == "triton" and arch.interpreting()
-        return native.unavailable(backend) or self.limits[backend].refuses(facts, interpreted)
+        return native.unavailable(backend) or limits.refuses(facts, backend == "triton" and arch.interpreting())
 
     def choose(self, backend: str, facts: Facts) -> str:
         """The backend that runs. Raises ValueError for an unknown name or one that cannot run this call."""

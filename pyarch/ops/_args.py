@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
+_Tensor, _STRIDED = torch.Tensor, torch.strided  # looked up once: every argument of every call is compared with them
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tensor(name: str, value: object, *, rank: int | None = None, dtypes: tuple[torch.dtype, ...] | None = None,
-           device: torch.device | None = None) -> torch.Tensor:  # fmt: skip
-    """Checks that value is a strided tensor of the given rank, dtype and device."""
-    if not isinstance(value, torch.Tensor):
+           device: torch.device | None = None, shape: tuple[int, ...] | None = None) -> torch.Tensor:  # fmt: skip
+    """Checks that value is a strided tensor of the given rank, dtype, device and exact shape."""
+    if not isinstance(value, _Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, not {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout != _STRIDED:
         raise TypeError(f"{name}: must be a dense (strided) tensor, not {value.layout}")
     if rank is not None and value.dim() != rank:
         raise ValueError(f"{name}: must have {rank} dimensions, not shape {tuple(value.shape)}")
@@ -22,6 +23,8 @@ def tensor(name: str, value: object, *, rank: int | None = None, dtypes: tuple[t
         raise TypeError(f"{name}: dtype must be {' or '.join(map(str, dtypes))}, not {value.dtype}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: must be on {device}, not {value.device}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name}: shape must be {tuple(shape)}, not {tuple(value.shape)}")
     return value
 
 
@@ -64,4 +67,4 @@ def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def row_contiguous(t: torch.Tensor) -> torch.Tensor:
     """The tensor, copied only if its last dimension is not contiguous."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.is_contiguous() or t.stride(-1) == 1 else t.contiguous()  # in this order: it is the faster one

@@ -64,16 +64,19 @@ def flash_attention(
 
     Raises TypeError or ValueError naming the argument; ValueError if the named backend cannot run the call.
     """
-    options: dict[str, Any] = dict(causal=causal, window=window, softcap=softcap, scale=scale)
-    tensors = (q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
-    named: dict[str, Any] = {
-        "q": q, "k": k, "v": v, "sinks": sinks, "bias": bias, "mask": mask, "alibi_slopes": alibi_slopes,
-        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **options,
-    }  # fmt: skip
-    chosen = FLASH_ATTENTION.choose(backend, check(**named))
+    facts = check(
+        q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, bias=bias, mask=mask,
+        alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    chosen = FLASH_ATTENTION.choose(backend, facts)
     if chosen == "reference":
-        out, lse = flash_attention_reference(**named, return_lse=True)
-    elif _args.needs_grad(q, k, v, sinks, bias, alibi_slopes):
+        return flash_attention_reference(
+            q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, bias=bias, mask=mask,
+            alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+        )  # fmt: skip
+    options = _options(q, causal, window, softcap, scale)
+    tensors = (q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+    if _args.needs_grad(q, k, v, sinks, bias, alibi_slopes):
         out, lse = _FlashAttention.apply(chosen, options, *tensors)
     else:
         out, lse = _run(chosen, tensors, options)
@@ -98,7 +101,7 @@ def flash_attention_reference(
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain PyTorch in float32 (float64 for float64): differentiable, any device and dtype."""
-    options: dict[str, Any] = dict(causal=causal, window=window, softcap=softcap, scale=scale)
+    options = _options(q, causal, window, softcap, scale)
     weights = _weights(options, q, k, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
     out = (weights.p @ _wide(v, q.shape[1])).to(q.dtype)
     return (out, weights.lse) if return_lse else out
@@ -115,8 +118,9 @@ class _Weights(NamedTuple):
     sequence: torch.Tensor | None  # (Sq) of each row, if packed
 
 
-def _weights(options: dict[str, Any], q, k, sinks, bias, mask, alibi_slopes, cu_q, cu_k) -> _Weights:
-    keys, scale, softcap = _wide(k, q.shape[1]), _scale(options, q), options["softcap"]
+def _weights(options: Options, q, k, sinks, bias, mask, alibi_slopes, cu_q, cu_k) -> _Weights:
+    left, right, softcap, scale = options
+    keys = _wide(k, q.shape[1])
     scores = capped = q.to(keys.dtype) @ keys.transpose(-1, -2) * scale
     if softcap > 0:
         scores = capped = softcap * torch.tanh(scores / softcap)
@@ -130,7 +134,6 @@ def _weights(options: dict[str, Any], q, k, sinks, bias, mask, alibi_slopes, cu_
         else:
             slopes = slopes[..., None, None]
         scores = scores - slopes * away.abs()
-    left, right = _attention.window(options["window"], options["causal"])
     seen = away.abs() < OTHER_SEQUENCE
     if left >= 0:
         seen = seen & (away >= -left)
@@ -157,8 +160,12 @@ def _wide(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.repeat_interleave(heads // max(x.shape[1], 1), 1)
 
 
-def _scale(options: dict[str, Any], q: torch.Tensor) -> float:
-    return q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+Options = tuple[int, int, float, float]  # left and right of the window, softcap, scale, as the operator takes them
+
+
+def _options(q: torch.Tensor, causal: bool, window: Any, softcap: float, scale: float | None) -> Options:
+    left, right = _attention.window(window, causal)
+    return left, right, softcap, q.shape[-1] ** -0.5 if scale is None else scale
 
 
 OTHER_SEQUENCE = 2**40  # further away than any key
@@ -218,11 +225,10 @@ def check(
     _attention.scaling(softcap, scale)
     floats = (dtype, torch.float32)
     if sinks is not None:
-        _args.tensor("sinks", sinks, rank=1, dtypes=floats, device=device)
-        _args.shape("sinks", sinks, heads)
-    for name, x in (("bias", bias), ("mask", mask)):
+        _args.tensor("sinks", sinks, dtypes=floats, device=device, shape=(heads,))
+    for name, x, dtypes in (("bias", bias, floats), ("mask", mask, (torch.bool,))):
         if x is not None:
-            _args.tensor(name, x, dtypes=floats if name == "bias" else (torch.bool,), device=device)
+            _args.tensor(name, x, dtypes=dtypes, device=device)
             full = (batch, heads, rows, keys)
             if x.dim() > 4 or any(n not in (1, m) for n, m in zip(x.shape[::-1], full[::-1], strict=False)):
                 raise ValueError(f"{name}: must broadcast to {full}, not shape {tuple(x.shape)}")
@@ -244,19 +250,17 @@ def check(
     return {"device": device.type, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
 
 
-def _run(backend: str, tensors: tuple, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(backend: str, tensors: tuple, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
-    scores = lambda t: None if t is None else t.expand(*q.shape[:3], k.shape[2])
-    left, right = _attention.window(options["window"], options["causal"])
     return operator("flash_attention", backend)(
         q, k, v,
         None if sinks is None else sinks.float().contiguous(),
-        scores(bias),
-        scores(mask),
+        None if bias is None else bias.expand(*q.shape[:3], k.shape[2]),
+        None if mask is None else mask.expand(*q.shape[:3], k.shape[2]),
         None if slopes is None else slopes.float().contiguous(),
         None if cu_q is None else cu_q.contiguous(),
         None if cu_k is None else cu_k.contiguous(),
-        left, right, options["softcap"], _scale(options, q),
+        *options,
     )  # fmt: skip
 
 
@@ -286,9 +290,10 @@ class _FlashAttention(torch.autograd.Function):
             else:
                 d_slopes = each.sum(-1).sum_to_size(slopes.shape)
             d_slopes = d_slopes.to(slopes.dtype)
-        if ctx.options["softcap"] > 0:
-            d_s = d_s * (1 - (w.capped / ctx.options["softcap"]).square())
-        d_s = d_s * _scale(ctx.options, q)
+        _, _, softcap, scale = ctx.options
+        if softcap > 0:
+            d_s = d_s * (1 - (w.capped / softcap).square())
+        d_s = d_s * scale
         d_q = d_s @ _wide(k, heads)
         d_k = (d_s.transpose(-1, -2) @ q.to(d_s.dtype)).view(*group_of, k.shape[3]).sum(2)
         d_v = (w.p.transpose(-1, -2) @ d_out).view(*group_of, v.shape[3]).sum(2)

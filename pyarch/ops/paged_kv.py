@@ -190,17 +190,15 @@ def _span(length: int, rows: int, left: int, right: int) -> tuple[int, int]:
 
 def check_append(k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Facts:
     """Checks kv_append's arguments and returns the facts that dispatch compares with its limits."""
-    _check_caches(k_cache, v_cache)
-    device, dtypes, (_, _, kv_heads, head_dim) = k_cache.device, (k_cache.dtype,), k_cache.shape
+    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
+    device, dtypes = k_cache.device, (k_cache.dtype,)
     _args.tensor("k", k, rank=3, dtypes=dtypes, device=device)
     tokens = k.shape[0]
     _args.shape("k", k, tokens, kv_heads, head_dim)
-    _args.tensor("v", v, rank=3, dtypes=dtypes, device=device)
-    _args.shape("v", v, tokens, kv_heads, head_dim)
+    _args.tensor("v", v, dtypes=dtypes, device=device, shape=(tokens, kv_heads, head_dim))
     _args.writable("k_cache", k_cache)
     _args.writable("v_cache", v_cache)
-    _args.tensor("slot_mapping", slot_mapping, rank=1, dtypes=(torch.int64,), device=device)
-    _args.shape("slot_mapping", slot_mapping, tokens)
+    _args.tensor("slot_mapping", slot_mapping, dtypes=(torch.int64,), device=device, shape=(tokens,))
     return _facts(k, k_cache, v_cache, _args.needs_grad(k, v, k_cache, v_cache))
 
 
@@ -220,47 +218,46 @@ def check(
     return_lse: bool = False,
 ) -> Facts:
     """Checks paged_attention's arguments and returns the facts that dispatch compares with its limits."""
-    _check_caches(k_cache, v_cache)
+    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
     device = k_cache.device
     _args.tensor("q", q, rank=3, dtypes=(k_cache.dtype,), device=device)
-    kv_heads, head_dim = k_cache.shape[2:]
-    if q.shape[2] != head_dim or q.shape[1] == 0 or q.shape[1] % kv_heads:
+    total, heads, q_dim = q.shape
+    if q_dim != head_dim or heads == 0 or heads % kv_heads:
         raise ValueError(f"q: must be (rows, a multiple of {kv_heads} heads, {head_dim}), not shape {tuple(q.shape)}")
     _args.tensor("block_table", block_table, rank=2, dtypes=(torch.int32,), device=device)
-    _args.tensor("seq_lens", seq_lens, rank=1, dtypes=(torch.int32,), device=device)
     batch = block_table.shape[0]
-    _args.shape("seq_lens", seq_lens, batch)
+    _args.tensor("seq_lens", seq_lens, dtypes=(torch.int32,), device=device, shape=(batch,))
     if cu_seqlens_q is not None:
-        _args.tensor("cu_seqlens_q", cu_seqlens_q, rank=1, dtypes=(torch.int32,), device=device)
-        _args.shape("cu_seqlens_q", cu_seqlens_q, batch + 1)
-    elif q.shape[0] != batch:
-        raise ValueError(f"q: without cu_seqlens_q must have one row per sequence ({batch}), not {q.shape[0]}")
+        _args.tensor("cu_seqlens_q", cu_seqlens_q, dtypes=(torch.int32,), device=device, shape=(batch + 1,))
+    elif total != batch:
+        raise ValueError(f"q: without cu_seqlens_q must have one row per sequence ({batch}), not {total}")
     _attention.window(window)
     _attention.scaling(softcap, scale)
     if sinks is not None:
-        _args.tensor("sinks", sinks, rank=1, dtypes=(q.dtype, torch.float32), device=device)
-        _args.shape("sinks", sinks, q.shape[1])
+        _args.tensor("sinks", sinks, dtypes=(q.dtype, torch.float32), device=device, shape=(heads,))
     return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks))
 
 
-def _check_caches(k_cache: Any, v_cache: Any) -> None:
+def _check_caches(k_cache: Any, v_cache: Any) -> tuple[int, ...]:
+    """Checks that the caches are alike; returns their shape."""
     _args.tensor("k_cache", k_cache, rank=4)
     if not k_cache.is_floating_point():
         raise TypeError(f"k_cache: dtype must be floating, not {k_cache.dtype}")
-    if 0 in k_cache.shape[1:]:
-        raise ValueError(
-            f"k_cache: page_size, heads and head size must be at least 1, not shape {tuple(k_cache.shape)}"
-        )
-    _args.tensor("v_cache", v_cache, rank=4, dtypes=(k_cache.dtype,), device=k_cache.device)
-    _args.shape("v_cache", v_cache, *k_cache.shape)
+    shape = k_cache.shape
+    _, page_size, kv_heads, head_dim = shape
+    if page_size == 0 or kv_heads == 0 or head_dim == 0:
+        raise ValueError(f"k_cache: page_size, heads and head size must be at least 1, not shape {tuple(shape)}")
+    _args.tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), device=k_cache.device, shape=shape)
+    return shape
 
 
 def _facts(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requires_grad: bool) -> Facts:
+    _, page_size, _, head_dim = k_cache.shape
     return {
         "device": _args.device_type(x),
         "dtype": x.dtype,
-        "page_size": k_cache.shape[1],
-        "head_dim": k_cache.shape[3],
+        "page_size": page_size,
+        "head_dim": head_dim,
         "requires_grad": requires_grad,
         "dense_heads": dense_heads(k_cache, v_cache),
     }
@@ -268,7 +265,7 @@ def _facts(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requir
 
 def dense_heads(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Whether the elements of a head lie side by side in both caches."""
-    return k_cache.shape[3] == 1 or k_cache.stride(3) == v_cache.stride(3) == 1
+    return k_cache.stride()[3] == v_cache.stride()[3] == 1 or k_cache.shape[3] == 1
 
 
 def inference_only(facts: Facts) -> str | None:
