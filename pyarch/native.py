@@ -121,6 +121,15 @@ def operator(name: str, backend: str) -> Callable:
     return _OPERATORS[name, backend]
 
 
+def refusal(error: RuntimeError) -> Exception:
+    """An operator's refusal of an argument, "name: ...", as the ValueError that it is; any other error as it was.
+
+    C++ throws invalid_argument, of which torch made a ValueError and, from 2.15 at the latest, makes a RuntimeError.
+    """
+    text = str(error)
+    return ValueError(text) if text.partition(":")[0].isidentifier() and ": " in text else error
+
+
 class Recorder(TorchDispatchMode):
     """Notes the pyarch operators that run inside, with their arguments."""
 

@@ -185,7 +185,7 @@ def test_operator_refuses_group_indices_out_of_range(group):
     for value in (-1, w.groups, 2**31 - 1, -(2**31)):
         index = w.g_idx.clone()
         index[17] = value
-        with pytest.raises(ValueError, match="g_idx: values must be in"):
+        with pytest.raises((ValueError, RuntimeError), match="g_idx: values must be in"):  # torch's choice
             torch.ops.pyarch.quant_matmul__cpu(
                 torch.randn(2, 40), w.q, w.scale, None, None, index, None, w.group_size, 0, 0, 0.0
             )

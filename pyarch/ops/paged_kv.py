@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from ..dispatch import Facts, Limits, Op
-from ..native import define, operator
+from ..native import define, operator, refusal
 from . import _args, _attention
 
 
@@ -60,9 +60,12 @@ def kv_append(
     chosen = KV_APPEND.choose(backend, check_append(k, v, k_cache, v_cache, slot_mapping))
     if chosen == "reference":
         return kv_append_reference(k, v, k_cache, v_cache, slot_mapping)
-    operator("kv_append", chosen)(
-        _args.row_contiguous(k), _args.row_contiguous(v), k_cache, v_cache, _args.row_contiguous(slot_mapping)
-    )
+    try:
+        operator("kv_append", chosen)(
+            _args.row_contiguous(k), _args.row_contiguous(v), k_cache, v_cache, _args.row_contiguous(slot_mapping)
+        )
+    except RuntimeError as error:
+        raise refusal(error) from None
 
 
 def kv_append_reference(
@@ -110,10 +113,13 @@ def paged_attention(
     if chosen == "reference":
         return paged_attention_reference(q, k_cache, v_cache, block_table, seq_lens, return_lse=return_lse, **options)
     left, right = (-1, -1) if window is None else window
-    out, lse = operator("paged_attention", chosen)(
-        _args.row_contiguous(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right,
-        softcap, q.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    try:
+        out, lse = operator("paged_attention", chosen)(
+            _args.row_contiguous(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right,
+            softcap, q.shape[-1] ** -0.5 if scale is None else scale,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise refusal(error) from None
     return (out, lse) if return_lse else out
 
 

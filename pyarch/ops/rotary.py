@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from ..dispatch import Facts, Limits, Op
-from ..native import define, operator
+from ..native import define, operator, refusal
 from . import _args
 from .paged_kv import dense_heads, inference_only, kv_append_reference
 
@@ -68,10 +68,13 @@ def rotary_append(
             interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps,
         )  # fmt: skip
     row, dense = _args.row_contiguous, _args.contiguous
-    return operator("rotary_append", chosen)(
-        row(qkv), dense(cos), dense(sin), dense(positions), k_cache, v_cache, dense(slot_mapping),
-        dense(q_norm), dense(k_norm), num_heads, interleaved, eps,
-    )  # fmt: skip
+    try:
+        return operator("rotary_append", chosen)(
+            row(qkv), dense(cos), dense(sin), dense(positions), k_cache, v_cache, dense(slot_mapping),
+            dense(q_norm), dense(k_norm), num_heads, interleaved, eps,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise refusal(error) from None
 
 
 def rotary_append_reference(

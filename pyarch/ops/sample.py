@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..dispatch import Facts, Limits, Op
-from ..native import define, operator
+from ..native import define, operator, refusal
 from . import _args
 
 
@@ -51,10 +51,13 @@ def sample(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator
         )
     uniform = None if temperature == 0 else _uniform(logits, generator)
-    return operator("sample", chosen)(
-        _args.row_contiguous(logits.detach()), uniform, temperature, top_k or 0,
-        1.0 if top_p is None else top_p, min_p or 0.0,
-    )  # fmt: skip
+    try:
+        return operator("sample", chosen)(
+            _args.row_contiguous(logits.detach()), uniform, temperature, top_k or 0,
+            1.0 if top_p is None else top_p, min_p or 0.0,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise refusal(error) from None
 
 
 def sample_reference(
