@@ -84,7 +84,6 @@ CALLS = {
 }  # fmt: skip
 
 
-@contest("an op on tiny tensors (call overhead)", cases=CALLS, at_most_us=5.0, seconds=1.0,
-         note="the checks of five arguments in Python; a parallel region in quant_matmul")  # fmt: skip
+@contest("an op on tiny tensors (call overhead)", cases=CALLS, at_most_us=5.0, seconds=1.0)
 def bench_overhead(call):
     return call()

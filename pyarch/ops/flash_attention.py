@@ -213,12 +213,14 @@ def check(
         raise ValueError(f"q: head size must be at least 1, not shape {tuple(q.shape)}")
     _args.tensor("k", k, rank=4, dtypes=(dtype,), device=device)
     _args.tensor("v", v, rank=4, dtypes=(dtype,), device=device)
-    _, kv_heads, keys, _ = k.shape
-    value_dim = v.shape[3]
+    k_batch, kv_heads, keys, k_dim = k.shape
+    v_batch, v_heads, values, value_dim = v.shape
     if heads % kv_heads if kv_heads else heads:
         raise ValueError(f"k: its {kv_heads} heads must divide q's {heads}")
-    _args.shape("k", k, batch, kv_heads, keys, head_dim)
-    _args.shape("v", v, batch, kv_heads, keys, value_dim)
+    if k_batch != batch or k_dim != head_dim:
+        raise ValueError(f"k: shape must be {(batch, kv_heads, keys, head_dim)}, not {tuple(k.shape)}")
+    if v_batch != batch or v_heads != kv_heads or values != keys:
+        raise ValueError(f"v: shape must be {(batch, kv_heads, keys, value_dim)}, not {tuple(v.shape)}")
     if value_dim == 0:
         raise ValueError(f"v: head size must be at least 1, not shape {tuple(v.shape)}")
     _attention.window(window)
@@ -226,12 +228,12 @@ def check(
     floats = (dtype, torch.float32)
     if sinks is not None:
         _args.tensor("sinks", sinks, dtypes=floats, device=device, shape=(heads,))
-    for name, x, dtypes in (("bias", bias, floats), ("mask", mask, (torch.bool,))):
-        if x is not None:
-            _args.tensor(name, x, dtypes=dtypes, device=device)
-            full = (batch, heads, rows, keys)
-            if x.dim() > 4 or any(n not in (1, m) for n, m in zip(x.shape[::-1], full[::-1], strict=False)):
-                raise ValueError(f"{name}: must broadcast to {full}, not shape {tuple(x.shape)}")
+    if bias is not None:
+        _broadcastable("bias", _args.tensor("bias", bias, dtypes=floats, device=device), (batch, heads, rows, keys))
+    if mask is not None:
+        _broadcastable(
+            "mask", _args.tensor("mask", mask, dtypes=(torch.bool,), device=device), (batch, heads, rows, keys)
+        )
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q: both or neither of cu_seqlens_q and cu_seqlens_k must be given")
     if cu_seqlens_q is not None:
@@ -247,7 +249,12 @@ def check(
             _args.shape("alibi_slopes", alibi_slopes, sequences, heads)
         else:
             _args.shape("alibi_slopes", alibi_slopes, heads)
-    return {"device": device.type, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+    return {"device": _args.device_type(q), "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+
+
+def _broadcastable(name: str, x: torch.Tensor, full: tuple[int, ...]) -> None:
+    if x.dim() > 4 or any(n not in (1, m) for n, m in zip(x.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"{name}: must broadcast to {full}, not shape {tuple(x.shape)}")
 
 
 def _run(backend: str, tensors: tuple, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
