@@ -10,6 +10,7 @@ constexpr int64_t kPromptLanes = 16;  // rows * group from which flash attention
 constexpr int64_t kRoundFloats =
     4 << 20;  // partial results in memory at a time, unless one sequence has more
 constexpr int64_t kSerialBytes = 128 << 10;  // less of the cache than this is read by one thread
+constexpr int64_t kPassingBytes = 4 << 20;   // more than this is gone from the caches at the next token
 constexpr int64_t kSerialFloats = 32 << 10;  // fewer partial results than these are combined by one thread
 
 // out and lse of one row and query head from its splits.
@@ -72,6 +73,7 @@ void attend_round(const PagedAttention& a, const std::vector<Work>& round, int64
     const int64_t vectors = w.sequence->rows * a.q_heads;
     few::split_task<T>(
         a, *w.sequence, w.first_split + split, a.k.heads * range / ranges, a.k.heads * (range + 1) / ranges,
+        bytes > kPassingBytes,
         few::Partial(parts + w.parts + split * few::partial_floats(vectors, a.k.dim), vectors, a.k.dim));
   };
   const int64_t tasks = first_task.back();

@@ -30,9 +30,14 @@ struct Partial {
 };
 inline int64_t partial_floats(int64_t lanes, int64_t dim) { return (lanes * (dim + 2) + 15) / 16 * 16; }
 
+// passing: past the outer caches, since what does not stay there must not evict, and write back, what others
+// left.
 template <class T>
-inline void prefetch(const T* p, int64_t n) {
-  for (int64_t b = 0; b < n; b += 64 / sizeof(T)) __builtin_prefetch(p + b);
+inline void prefetch(const T* p, int64_t n, bool passing) {
+  if (passing)
+    for (int64_t b = 0; b < n; b += 64 / sizeof(T)) __builtin_prefetch(p + b, 0, 0);
+  else
+    for (int64_t b = 0; b < n; b += 64 / sizeof(T)) __builtin_prefetch(p + b);
 }
 
 // to[i] = k . q[i] for U lanes, as vectors yet to be summed over their lanes. NV: vectors of k, 0 for any
@@ -69,6 +74,7 @@ struct Range {
       stride;  // of a row of scores: (head_end - head_begin) * rows * group, and padded past W more
   const int64_t *k_at, *v_at;  // offsets of position start + i
   int64_t ahead;               // positions between a prefetch and its use
+  bool passing;                // the call reads more than a cache keeps until the next one
   int64_t block;  // positions of V that a head adds between a load and a store of its accumulators
 };
 
@@ -88,7 +94,7 @@ inline void prefetch_rows(const PagedCache& cache, const Range& r, const int64_t
   const T* base = reinterpret_cast<const T*>(cache.data);
   for (int64_t i = r.low; i < std::min(r.low + count, r.high); ++i)
     for (int64_t h = r.head_begin; h < r.head_end; ++h)
-      prefetch(base + at[i] + h * cache.head_stride, cache.dim);
+      prefetch(base + at[i] + h * cache.head_stride, cache.dim, r.passing);
 }
 
 // The K pass. A unit is U lanes of one head; W / U units are summed over their lanes together.
@@ -106,7 +112,7 @@ void score(const PagedAttention& a, const Range& r, int64_t per_head, const type
       F sums[W];
       for (int b = 0; b < batch; ++b) {
         if (lane < r.lanes) {
-          if (in_head == 0) prefetch(ahead, dim);
+          if (in_head == 0) prefetch(ahead, dim, r.passing);
           dots<T, NV, U>(row, unit_q, dim, sums + b * U);
           lane += U, in_head += U, unit_q += U * dim;
           if (in_head == per_head) in_head = 0, row += a.k.head_stride, ahead += a.k.head_stride;
@@ -142,12 +148,12 @@ void score_all(const PagedAttention& a, const Range& r, int64_t per_head, const 
 // acc[g][NV vectors] += p[i][g] * row i, for i in [0, n), the vectors in the order of load_pair.
 template <class T, int G, int NV>
 inline void add_rows(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
-                     int64_t dim, int64_t ahead) {
+                     int64_t dim, const Range& r) {
   F a[G][NV];
   for (int g = 0; g < G; ++g)
     for (int d = 0; d < NV; ++d) a[g][d] = load(acc + g * dim + d * W);
   for (int64_t i = 0; i < n; ++i) {
-    prefetch(base + at[i + ahead], NV * W);
+    prefetch(base + at[i + r.ahead], NV * W, r.passing);
     F row[NV];
     for (int d = 0; d < NV; d += 2) load_pair(base + at[i] + d * W, row[d], row[d + 1]);
     for (int g = 0; g < G; ++g) {
@@ -173,12 +179,12 @@ inline void add_tail(const T* base, const int64_t* at, const float* p, int64_t s
 
 template <class T, int G>
 inline void add_lanes(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
-                      int64_t dim, int64_t ahead) {
+                      int64_t dim, const Range& r) {
   constexpr int wide = W == 16 ? (G <= 2 ? 8 : 4) : (G <= 2 ? 4 : 2);
   int64_t d = 0;
   for (; d + wide * W <= dim; d += wide * W)
-    add_rows<T, G, wide>(base + d, at, p, stride, n, acc + d, dim, ahead);
-  for (; d + 2 * W <= dim; d += 2 * W) add_rows<T, G, 2>(base + d, at, p, stride, n, acc + d, dim, ahead);
+    add_rows<T, G, wide>(base + d, at, p, stride, n, acc + d, dim, r);
+  for (; d + 2 * W <= dim; d += 2 * W) add_rows<T, G, 2>(base + d, at, p, stride, n, acc + d, dim, r);
   for (; d < dim; d += W)
     add_tail<T, G>(base + d, at, p, stride, n, acc + d, dim, static_cast<int>(std::min<int64_t>(W, dim - d)));
 }
@@ -186,12 +192,11 @@ inline void add_lanes(const T* base, const int64_t* at, const float* p, int64_t 
 // The same for any number of lanes that share the rows, four at a time.
 template <class T>
 inline void add_group(const T* base, const int64_t* at, const float* p, int64_t stride, int64_t n, float* acc,
-                      int64_t dim, int64_t group, int64_t ahead) {
-  for (; group >= 4; group -= 4, p += 4, acc += 4 * dim)
-    add_lanes<T, 4>(base, at, p, stride, n, acc, dim, ahead);
-  if (group == 3) add_lanes<T, 3>(base, at, p, stride, n, acc, dim, ahead);
-  if (group == 2) add_lanes<T, 2>(base, at, p, stride, n, acc, dim, ahead);
-  if (group == 1) add_lanes<T, 1>(base, at, p, stride, n, acc, dim, ahead);
+                      int64_t dim, int64_t group, const Range& r) {
+  for (; group >= 4; group -= 4, p += 4, acc += 4 * dim) add_lanes<T, 4>(base, at, p, stride, n, acc, dim, r);
+  if (group == 3) add_lanes<T, 3>(base, at, p, stride, n, acc, dim, r);
+  if (group == 2) add_lanes<T, 2>(base, at, p, stride, n, acc, dim, r);
+  if (group == 1) add_lanes<T, 1>(base, at, p, stride, n, acc, dim, r);
 }
 
 // Probabilities in place of scores, and m and l of each lane.
@@ -236,11 +241,11 @@ inline void softmax(const PagedAttention& a, const PagedSequence& s, const Range
 
 template <class T>
 void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, int64_t head_begin,
-                int64_t head_end, const Partial& partial) {
+                int64_t head_end, bool passing, const Partial& partial) {
   using Q = typename Dot<T>::Q;
   const int64_t dim = a.k.dim, per_head = s.rows * a.group;
   Range r{};
-  r.head_begin = head_begin, r.head_end = head_end;
+  r.head_begin = head_begin, r.head_end = head_end, r.passing = passing;
   r.start = split * kSplit;
   r.low = std::max(s.low, r.start) - r.start;
   r.high = std::min(s.high, r.start + kSplit) - r.start;
@@ -285,7 +290,7 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
         const int64_t lane = (h - head_begin) * per_head + row * a.group;
         if (count > 0)
           add_group<T>(base, v_at + begin, scores + begin * r.stride + lane, r.stride, count,
-                       acc + lane * dim, dim, a.group, r.ahead);
+                       acc + lane * dim, dim, a.group, r);
       }
     }
   }
