@@ -88,7 +88,7 @@ def bench_decode_bf16_contiguous(case):
 
 
 @contest("paged decode, fp32, against contiguous KV", cases=DECODE, goal=2.0,
-         note="DRAM binds: torch reads at 40 to 50 % of its rate")  # fmt: skip
+         note="bound by DRAM, whose rate changes here between 46 and 80 GB/s")  # fmt: skip
 def bench_decode_fp32_contiguous(case):
     return _attention(case, torch.float32, contiguous=True)
 
