@@ -1,5 +1,6 @@
 """int4 and int8 matmuls against torch's int4 kernel (bf16) and its dynamic int8 linear with the best engine.
 
+Weights are prepacked on both sides, as torch's kernels demand and as models here hold them.
 Weights are rotated past the cache, so that they come from DRAM as in a real model.
 """
 
@@ -19,9 +20,8 @@ INT4PACK = "torch _weight_int4pack_mm"
 
 
 def _weights(case: dict, bits: int):
-    return rotate(
-        pyarch.quantize(torch.randn(case["n"], case["k"]).bfloat16(), bits=bits, group_size=case["group_size"])
-    )
+    w = pyarch.quantize(torch.randn(case["n"], case["k"]).bfloat16(), bits=bits, group_size=case["group_size"])
+    return rotate(w.prepack())
 
 
 def _int4pack(case: dict, x: torch.Tensor):

@@ -176,10 +176,10 @@ def _reduce_kernel(
     _finish(acc, bias, y, n, m, N, inside, HAS_BIAS, ACTIVATION, slope)
 
 
-def forward(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, activation, slope):
+def forward(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_bits, activation, slope):
     """pyarch::quant_matmul__triton. x (M, K), any strides -> y (M, N) of x's dtype."""
-    _check_memory(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, activation)
-    (m, k), n = x.shape, q.shape[0]
+    _check_memory(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_bits, activation)
+    (m, k), n = x.shape, out_features
     y = x.new_empty((m, n))
     if m == 0 or n == 0:
         return y
@@ -216,7 +216,7 @@ def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activ
     return y
 
 
-def _check_memory(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, activation):
+def _check_memory(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_bits, activation):
     """The operator is open to anyone: refuses what would read outside a tensor or is not this kernel's to compute."""
     bits = {torch.uint8: 4, torch.int8: 8}.get(q.dtype)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or bits is None:
@@ -229,7 +229,7 @@ def _check_memory(x, q, scale, zero, offset, g_idx, bias, group_size, act_bits, 
         raise ValueError("offset: must be None when zero is given")
     if not 0 <= activation <= 5:
         raise ValueError(f"activation: must be a code from 0 to 5, not {activation}")
-    (_, k), n = x.shape, q.shape[0]
+    (_, k), n = x.shape, out_features
     groups = 1 if group_size == -1 else triton.cdiv(k, group_size)
     expected = {"q": (q, (n, -(-k * bits // 8))), "scale": (scale, (n, groups)), "zero": (zero, (n, groups)),
                 "offset": (offset, (n, groups)), "bias": (bias, (n,))}  # fmt: skip

@@ -4,6 +4,6 @@ from .allocator import tune_allocator
 from .dispatch import backends, use_backend
 from .explain import explain
 from .ops import *  # the public functions, one line a room in ops/__init__.py
-from .quantized import QuantizedTensor, quantize
+from .quantized import PackedTensor, QuantizedTensor, quantize
 
 __version__ = "0.1.0"

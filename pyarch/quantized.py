@@ -14,22 +14,114 @@ A row of 4-bit codes, two to a byte, the even column in the low nibble; a group 
 
 The tensors are the canonical form: what a state_dict holds and what every backend reads, on every device. They belong
 to the QuantizedTensor once it is made and must not be written to.
+
+`prepack` gives the same weight in the order in which CPU kernels read it fastest, a PackedTensor: panels of 64 rows,
+
+    q       [ceil(N/64), ceil(K*bits/32), 64, 4], uint8 or int8: four bytes of each of 64 rows, then the next four
+    scale   [ceil(N/64), G, 64], zero and offset likewise; rows beyond N and bytes beyond K are 0
+
+It has the very same codes and numbers, results do not differ in a bit, and `unpack` gives the canonical form back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch.utils import _pytree
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+_TENSORS = ("q", "scale", "zero", "offset", "g_idx")
+PANEL = 64
 
 
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
+class _Weight:
+    """What both layouts of a [out_features, in_features] weight have."""
+
+    _NUMBERS: ClassVar[tuple[str, ...]] = ("in_features", "group_size")
+    q: torch.Tensor
+    scale: torch.Tensor
+    in_features: int
+    out_features: int
+    group_size: int
+    zero: torch.Tensor | None
+    offset: torch.Tensor | None
+    g_idx: torch.Tensor | None
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.q.dtype == torch.uint8 else 8
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row: the columns of scale."""
+        return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._tensors() if t is not None)
+
+    def column_groups(self) -> torch.Tensor:
+        """int64 [K]: the group of each column."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        columns = torch.arange(self.in_features, device=self.device)
+        return torch.zeros_like(columns) if self.group_size == -1 else columns // self.group_size
+
+    def _tensors(self) -> list[torch.Tensor | None]:
+        return [getattr(self, name) for name in _TENSORS]
+
+    def _check(self, q: tuple[int, ...], *panel: int) -> None:
+        """That all but q's dtype is as the format says, given q's shape and what follows the groups in scale's."""
+        if self.in_features < 0 or tuple(self.q.shape) != q:
+            raise ValueError(
+                f"in_features: {self.in_features} does not fit q of shape {tuple(self.q.shape)} ({self.bits}-bit codes)"
+            )
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size: must be -1 (the whole row) or at least 1, not {self.group_size}")
+        if self.zero is not None and self.offset is not None:
+            raise ValueError("offset: must be None when zero is given")
+        for name, dtypes in (("scale", _SCALE_DTYPES), ("zero", _INTEGERS + _SCALE_DTYPES), ("offset", _SCALE_DTYPES)):
+            self._expect(name, dtypes, (q[0], self.groups, *panel))
+        self._expect("g_idx", (torch.int32,), (self.in_features,))
+        if self.g_idx is not None and self.in_features > 0:
+            low, high = (int(v) for v in self.g_idx.aminmax())
+            if low < 0 or high >= self.groups:
+                raise ValueError(f"g_idx: values must be in [0, {self.groups}), not {low} to {high}")
+
+    def _expect(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if value.dtype not in dtypes:
+            raise TypeError(f"{name}: dtype must be {' or '.join(map(str, dtypes))}, not {value.dtype}")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name}: shape must be {shape}, not {tuple(value.shape)}")
+        if value.device != self.q.device:
+            raise ValueError(f"{name}: must be on {self.q.device} like q, not {value.device}")
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        extra = "".join(f", {f}" for f in ("zero", "offset", "g_idx") if getattr(self, f) is not None)
+        kind = f"int{self.bits}, group_size={self.group_size}{extra}, {self.scale.dtype}, {self.device}"
+        return f"{type(self).__name__}({n}x{k}, {kind})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor(_Weight):
     """A [out_features, in_features] weight of 4-bit or 8-bit codes; the module's text has the format.
 
     Raises TypeError or ValueError that names the field for a dtype, device or shape that does not fit.
@@ -47,78 +139,46 @@ class QuantizedTensor:
         if self.q.dtype not in (torch.uint8, torch.int8) or self.q.dim() != 2:
             raise TypeError(f"q: must be uint8 or int8 of 2 dimensions, not {self.q.dtype} {tuple(self.q.shape)}")
         n, k = self.q.shape[0], self.in_features
-        columns = (k + 1) // 2 if self.bits == 4 else k
-        if k < 0 or self.q.shape[1] != columns:
-            raise ValueError(f"in_features: {k} does not fit q of shape {tuple(self.q.shape)} ({self.bits}-bit codes)")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size: must be -1 (the whole row) or at least 1, not {self.group_size}")
-        if self.zero is not None and self.offset is not None:
-            raise ValueError("offset: must be None when zero is given")
-        grid = (n, self.groups)
-        for name, dtypes in (("scale", _SCALE_DTYPES), ("zero", _INTEGERS + _SCALE_DTYPES), ("offset", _SCALE_DTYPES)):
-            self._expect(name, dtypes, grid)
-        self._expect("g_idx", (torch.int32,), (k,))
-        if self.g_idx is not None and k > 0:
-            low, high = (int(v) for v in self.g_idx.aminmax())
-            if low < 0 or high >= self.groups:
-                raise ValueError(f"g_idx: values must be in [0, {self.groups}), not {low} to {high}")
-
-    def _expect(self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if value.dtype not in dtypes:
-            raise TypeError(f"{name}: dtype must be {' or '.join(map(str, dtypes))}, not {value.dtype}")
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name}: shape must be {shape}, not {tuple(value.shape)}")
-        if value.device != self.q.device:
-            raise ValueError(f"{name}: must be on {self.q.device} like q, not {value.device}")
+        self._check((n, (k + 1) // 2 if self.bits == 4 else k))
 
     @property
-    def bits(self) -> int:
-        return 4 if self.q.dtype == torch.uint8 else 8
-
-    @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # type: ignore[override]
         return self.q.shape[0]
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.q.shape[0], self.in_features))
-
-    @property
-    def device(self) -> torch.device:
-        return self.q.device
-
-    @property
-    def groups(self) -> int:
-        """Groups in a row: the columns of scale."""
-        return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._tensors() if t is not None)
-
-    def _tensors(self) -> list[torch.Tensor | None]:
-        return [self.q, self.scale, self.zero, self.offset, self.g_idx]
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same weight on another device; dtypes never change."""
         moved = [None if t is None else t.to(device) for t in self._tensors()]
-        return _unflatten(moved, (self.in_features, self.group_size))
+        return _unflatten(QuantizedTensor, moved, (self.in_features, self.group_size))
+
+    def rows(self, index: torch.Tensor) -> QuantizedTensor:
+        """The rows index int64 (R) as a weight [R, K]. Raises IndexError for one out of range."""
+        picked = [None if t is None else t.index_select(0, index) for t in self._tensors()[:4]]
+        return _unflatten(QuantizedTensor, [*picked, self.g_idx], (self.in_features, self.group_size))
+
+    def prepack(self) -> PackedTensor:
+        """The same weight in the order of CPU kernels; the module's text has the layout.
+
+        Raises ValueError for a weight that is not on the CPU.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"device: must be cpu, whose kernels read the packed order, not {self.device}")
+        n, missing = self.out_features, -self.out_features % PANEL
+
+        def panels(t: torch.Tensor) -> torch.Tensor:
+            padded = F.pad(t, (0, 0, 0, missing)).view((n + missing) // PANEL, PANEL, t.shape[1])
+            return padded.transpose(1, 2).contiguous()
+
+        grids = [None if t is None else panels(t) for t in (self.scale, self.zero, self.offset)]
+        width = self.q.shape[1]
+        dwords = panels(F.pad(self.q, (0, -width % 4)).view(n, -(-width // 4), 4).view(torch.int32).squeeze(2))
+        q = dwords.unsqueeze(-1).view(self.q.dtype)
+        return _unflatten(PackedTensor, [q, *grids, self.g_idx], (n, self.in_features, self.group_size))
 
     def codes(self) -> torch.Tensor:
         """int8 [N, K]: 0..15 for 4-bit codes, else as stored."""
         if self.bits == 8:
             return self.q
         return unpack_int4(self.q, self.in_features)
-
-    def column_groups(self) -> torch.Tensor:
-        """int64 [K]: the group of each column."""
-        if self.g_idx is not None:
-            return self.g_idx.long()
-        columns = torch.arange(self.in_features, device=self.device)
-        return torch.zeros_like(columns) if self.group_size == -1 else columns // self.group_size
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] as numbers: computed in float32 (float64 if asked for), then rounded to dtype."""
@@ -131,18 +191,54 @@ class QuantizedTensor:
             return (scale * (q - self.zero.to(wide)[:, group])).to(dtype)
         return (scale * (q - (8 if self.bits == 4 else 0))).to(dtype)
 
-    def __repr__(self) -> str:
-        n, k = self.shape
-        extra = "".join(f", {f}" for f in ("zero", "offset", "g_idx") if getattr(self, f) is not None)
-        kind = f"int{self.bits}, group_size={self.group_size}{extra}, {self.scale.dtype}, {self.device}"
-        return f"QuantizedTensor({n}x{k}, {kind})"
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedTensor(_Weight):
+    """A [out_features, in_features] weight as `QuantizedTensor.prepack` makes it; the module's text has the layout.
+
+    Raises TypeError or ValueError that names the field for a dtype, device or shape that does not fit.
+    """
+
+    _NUMBERS = ("out_features", "in_features", "group_size")
+    q: torch.Tensor
+    scale: torch.Tensor
+    out_features: int
+    in_features: int
+    group_size: int
+    zero: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    g_idx: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.q.dtype not in (torch.uint8, torch.int8) or self.q.device.type != "cpu":
+            raise TypeError(f"q: must be uint8 or int8 on the CPU, not {self.q.dtype} on {self.q.device}")
+        if self.out_features < 0:
+            raise ValueError(f"out_features: must be at least 0, not {self.out_features}")
+        self._check((-(-self.out_features // PANEL), -(-self.in_features * self.bits // 32), PANEL, 4), PANEL)
+
+    def unpack(self) -> QuantizedTensor:
+        """The canonical form, bit by bit what was packed."""
+        return self.rows(torch.arange(self.out_features))
+
+    def rows(self, index: torch.Tensor) -> QuantizedTensor:
+        """The rows index int64 (R) as a weight [R, K]. Raises IndexError for one out of range."""
+        index.new_zeros(1).expand(self.out_features).index_select(0, index)  # raises; indexing takes negative ones
+        panel, row = index // PANEL, index % PANEL
+        grids = [None if t is None else t[panel, :, row] for t in (self.scale, self.zero, self.offset)]
+        columns = (self.in_features + 1) // 2 if self.bits == 4 else self.in_features
+        q = self.q[panel, :, row].flatten(1)[:, :columns].contiguous()
+        return _unflatten(QuantizedTensor, [q, *grids, self.g_idx], (self.in_features, self.group_size))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """As of the canonical form."""
+        return self.unpack().dequantize(dtype)
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Codes 0..15 [N, K] of any integer dtype -> uint8 [N, ceil(K/2)], the even column in the low nibble."""
     codes = codes.to(torch.uint8)
     if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
+        codes = F.pad(codes, (0, 1))
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
@@ -171,7 +267,7 @@ def quantize(weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, symm
     n, k = weight.shape
     group = k if group_size == -1 else group_size
     groups = 1 if group_size == -1 else -(-k // group_size)
-    w = torch.nn.functional.pad(weight.detach().float(), (0, groups * group - k)).view(n, groups, group)
+    w = F.pad(weight.detach().float(), (0, groups * group - k)).view(n, groups, group)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if symmetric:
         scale = (w.abs().amax(-1) if group else w.new_zeros(n, groups)) / high
@@ -206,7 +302,7 @@ def concat(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
         None if parts[0] is None else torch.cat(parts)
         for parts in zip(*(w._tensors()[:4] for w in weights), strict=True)
     ]
-    return _unflatten([*stacked, first.g_idx], (first.in_features, first.group_size))
+    return _unflatten(QuantizedTensor, [*stacked, first.g_idx], (first.in_features, first.group_size))
 
 
 def same_format(a: QuantizedTensor, b: QuantizedTensor) -> bool:
@@ -219,18 +315,19 @@ def same_format(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return a.g_idx is None or b.g_idx is None or torch.equal(a.g_idx, b.g_idx)
 
 
-def _flatten(t: QuantizedTensor) -> tuple[list, tuple]:
-    return t._tensors(), (t.in_features, t.group_size)
+def _flatten(t: _Weight) -> tuple[list, tuple]:
+    return t._tensors(), tuple(getattr(t, name) for name in t._NUMBERS)
 
 
-def _unflatten(tensors, context: tuple) -> QuantizedTensor:
+def _unflatten(kind, tensors, context: tuple):
     # Without __post_init__: torch.compile and vmap put placeholders where the tensors were.
-    made = object.__new__(QuantizedTensor)
-    q, scale, zero, offset, g_idx = tensors
-    values = (q, scale, *context, zero, offset, g_idx)
-    for field, value in zip(fields(QuantizedTensor), values, strict=True):
-        object.__setattr__(made, field.name, value)
+    made = object.__new__(kind)
+    for name, value in [*zip(_TENSORS, tensors, strict=True), *zip(kind._NUMBERS, context, strict=True)]:
+        object.__setattr__(made, name, value)
     return made
 
 
-_pytree.register_pytree_node(QuantizedTensor, _flatten, _unflatten, serialized_type_name="pyarch.QuantizedTensor")
+for _kind in (QuantizedTensor, PackedTensor):
+    _pytree.register_pytree_node(
+        _kind, _flatten, partial(_unflatten, _kind), serialized_type_name=f"pyarch.{_kind.__name__}"
+    )

@@ -103,8 +103,16 @@ def refused():
     yield Refused("act_bits 4", ValueError, "act_bits", (x, w), {"act_bits": 4})
 
 
+def samples_packed(dtype, device):
+    for options in ({"kind": "offset", "scale_dtype": torch.float16}, {"bits": 8, "kind": "zero"}, {"act_order": True}):
+        for act_bits in (None, 8):
+            name, w = f"packed {options} {act_bits}", weight(67, 149, **options)
+            yield Sample(name, (torch.randn(9, 149, dtype=dtype), w.prepack()), {"act_bits": act_bits})
+
+
 SUITE = checks(pyarch.quant_matmul, samples, gradients=("x", "bias"), refused=refused)
 SUITE_INT8 = checks(pyarch.quant_matmul, samples_int8)
+SUITE_PACKED = checks(pyarch.quant_matmul, samples_packed)
 
 
 @pytest.mark.parametrize("check", SUITE, ids=str)
@@ -114,6 +122,11 @@ def test_suite(check):
 
 @pytest.mark.parametrize("check", SUITE_INT8, ids=str)
 def test_suite_int8(check):
+    check()
+
+
+@pytest.mark.parametrize("check", SUITE_PACKED, ids=str)
+def test_suite_packed(check):
     check()
 
 
@@ -187,7 +200,7 @@ def test_operator_refuses_group_indices_out_of_range(group):
         index[17] = value
         with pytest.raises((ValueError, RuntimeError), match="g_idx: values must be in"):  # torch's choice
             torch.ops.pyarch.quant_matmul__cpu(
-                torch.randn(2, 40), w.q, w.scale, None, None, index, None, w.group_size, 0, 0, 0.0
+                torch.randn(2, 40), w.q, w.scale, None, None, index, None, 8, w.group_size, 0, 0, 0.0
             )
 
 

@@ -1,9 +1,9 @@
-// quant_matmul: y = act(x w^T + bias), w read in its canonical layout (pyarch/quantized.py).
+// quant_matmul: y = act(x w^T + bias), w in its canonical layout or prepacked (pyarch/quantized.py).
 //
-// A task owns a panel of kPanel output rows of w and up to kRows rows of x. For each block of K it transposes
-// the panel's codes into scratch (L1), expands them to operands if several rows of x use them, and adds the
-// products of register tiles into fp32 sums [rows][kPanel] (L2); bias, activation and rounding come at the
-// end.
+// A task owns panels of kPanel output rows of w and up to kRows rows of x. For each block of K it takes the
+// panel's codes as dwords side by side, transposed into scratch (L1) unless they are packed so, expands them
+// to operands if several rows of x use them, and adds the products of register tiles into fp32 sums
+// [rows][kPanel] (L2); bias, activation and rounding come at the end.
 //
 //             K ->  | block | block | ...          each block holds whole segments; a segment's products are
 //     N  panel 0    | ##### |       |              summed from zero in order of K (int32 or fp32), scaled by
@@ -12,32 +12,32 @@
 // The chain of an output is fixed by the weight alone, so rows do not depend on M, tiles or threads.
 #include "epilogue.h"
 #include "quant_matmul_activations.h"
-#include "quant_matmul_stream.h"
 #include "quant_matmul_weights.h"
 #include "types.h"
 
 namespace pyarch {
 namespace {
 
-constexpr int64_t kBlockSteps = 128;   // of a block: 16 KiB of operands
-constexpr int64_t kRows = 192;         // rows of x to a task: 24 KiB of sums
+constexpr int64_t kBlockSteps = 128;   // of a block: 16 KiB of operands, up to 32 KiB of codes
+constexpr int64_t kRows = 192;         // rows of x to a task, whole tiles: 48 KiB of sums
 constexpr int64_t kPacked = 8 << 20;   // bytes of packed activations at a time
 constexpr int64_t kFetch = 128 << 10;  // bytes of codes read in order before they are used
 constexpr int64_t kTask = 128 << 10;   // products: a second thread costs more than fewer
-constexpr int64_t kRawRows = 2;        // up to here expanding in registers is cheaper than through scratch
+constexpr int64_t kAhead = 4096;  // bytes from packed codes that are read once to those fetched meanwhile
 
 // Names of scratch buffers.
 struct Table;
 struct Packed;
 struct PackedSums;
 struct Row;
+struct PackedRow;
+struct PackedRowSums;
 struct Wide;
 struct Most;
 struct Scales;
 struct Raw;
 struct Operands;
 struct Sums;
-struct Streamed;
 
 struct Call {
   Weight w;
@@ -58,6 +58,13 @@ bool contiguous_groups(const Weight& w) {
   if (w.g_idx) return false;
   return w.groups == 1 ||
          (w.group_size % (32 / Dot::kBits) == 0 && (w.group_size >= 16 || Dot::columns == 4));
+}
+
+// f(the constant n), which is 1 to most.
+template <int most, class Function>
+inline void with_count(int64_t n, const Function& f) {
+  if (n == most) return f(std::integral_constant<int, most>{});
+  if constexpr (most > 1) with_count<most - 1>(n, f);
 }
 
 template <class Dot>
@@ -85,24 +92,43 @@ void expand_scaled(const Weight& w, const I* raw, int64_t column, int64_t column
   expand<Fp32Dot<bits>>(raw, columns * bits / 32, out);
   for (int64_t c = 0; c < columns; ++c) {
     const int64_t g = w.group_of(std::min(column + c, w.k - 1)) * kVectors;
-    for (int v = 0; v < kVectors; ++v) {
-      const F q = as_float(load_i(out + c * kVectors + v));
+    for (int v = 0; v < kTileVectors; ++v) {
+      const F q = as_float(load_i(out + c * kTileVectors + v));
       const F value = offset ? fma(q, scale[g + v], offset[g + v]) : q * scale[g + v];
-      store_i(out + c * kVectors + v, as_int(value));
+      store_i(out + c * kTileVectors + v, as_int(value));
     }
   }
 }
 
-template <class Dot, bool raw, int rows>
-void tiles(int64_t m, const I* codes, int64_t column, const Segment* segments, int64_t count,
-           const int32_t* x, int64_t x_stride, const SegmentSums* x_sums, int64_t sums_stride, const F* scale,
-           const F* offset, float* sums) {
-  for (; m >= rows; m -= rows, x += rows * x_stride, x_sums += rows * sums_stride, sums += rows * kPanel)
-    tile<Dot, rows, raw>(codes, column, segments, count, x, x_stride, x_sums, sums_stride, scale, offset,
-                         sums);
-  if constexpr (rows > 1)
-    tiles<Dot, raw, rows - 1>(m, codes, column, segments, count, x, x_stride, x_sums, sums_stride, scale,
-                              offset, sums);
+// What the tiles of some vectors of a panel have in common: a block of its codes, and the rows of x.
+struct Work {
+  const I* codes;
+  const Segment* segments;
+  int64_t first, count;  // of the block's segments in a row
+  const int32_t* x;      // tiles of [dword][rows], x_stride dwords a row
+  int64_t x_stride;
+  const SegmentSums* x_sums;  // tiles of [segment][rows], sums_stride segments a row
+  int64_t sums_stride;
+  const F *scale, *offset;
+  const char* next;  // codes to fetch, or null
+  int64_t next_bytes;
+  float* sums;
+};
+
+// Tiles for m rows. The first ones fetch the next codes between them, evenly, so that memory is never idle
+// for long.
+template <class Dot, int rows, int vectors, bool raw>
+void tiles(int64_t m, const Work& work) {
+  const int64_t share = m >= 4 * rows ? 4 : m >= 2 * rows ? 2 : 1;
+  for (int64_t done = 0, i = 0; done < m; done += rows, ++i)
+    with_count<rows>(std::min<int64_t>(rows, m - done), [&](auto count) {
+      constexpr int n = decltype(count)::value;
+      tile<Dot, n, vectors, raw>(
+          work.codes, work.segments + work.first, work.count, work.x + done * work.x_stride,
+          work.x_sums + done * work.sums_stride + work.first * n, work.scale, work.offset,
+          i < share && work.next ? work.next + i * work.next_bytes / share : nullptr,
+          kFetched<Dot, raw> / share, work.sums + done * kPanel);
+    });
 }
 
 template <class T>
@@ -129,55 +155,68 @@ struct PanelScales {
 };
 
 template <int bits>
-PanelScales panel_scales(const Weight& w, int64_t column) {
+PanelScales panel_scales(const Weight& w, int64_t column, int used) {
   const int64_t grid = (w.groups + 16) * kVectors;  // load_grid writes whole 16 bytes
   F* scale = scratch<Scales, F>(2 * grid + kVectors);
   F* offset = w.has_offset() ? scale + grid : nullptr;
-  load_scales(w, kCentre<bits>, column, scale, offset);
+  load_scales(w, kCentre<bits>, column, used, scale, offset);
   F* ones = scale + 2 * grid;
   for (int v = 0; v < kVectors; ++v) ones[v] = set1(1.0f);
   return {scale, offset, ones};
 }
 
-// The panel from output row `column` on, for rows [row, row + rows) of x, packed from row `first` on.
+// The panel from output row `column` on, for rows [row, row + rows) of x, of which x and x_sums are packed.
 template <class Dot, class T>
-void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSums* x_sums, int64_t first,
-           int64_t row, int64_t rows, int64_t column) {
+void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSums* x_sums, int64_t row,
+           int64_t rows, int64_t column) {
   constexpr int bits = Dot::kBits;
   const Weight& w = call.w;
-  const bool whole = contiguous_groups<Dot>(w);
-  const auto [scale, offset, ones] = panel_scales<bits>(w, column);
-  I* raw = scratch<Raw, I>((kBlockSteps + 4) * kVectors);
-  I* operands = scratch<Operands, I>((kBlockSteps + 8) * kVectors);
+  const int64_t pairs = (std::min<int64_t>(w.n - column, kPanel) + kTileVectors * W - 1) / (kTileVectors * W);
+  const int used = static_cast<int>(pairs) * kTileVectors;
+  const auto [scale, offset, ones] = panel_scales<bits>(w, column, used);
+  I* scratch_codes = scratch<Raw, I>((kBlockSteps + 4) * kVectors);
+  I* operands = scratch<Operands, I>((kBlockSteps + 8) * kTileVectors);
   float* sums = scratch<Sums, float>(rows * kPanel);
   std::fill(sums, sums + rows * kPanel, 0.0f);
 
-  const int64_t stride = packed_bytes<Dot>(plan) / 4;
-  x += (row - first) * stride;
-  x_sums += (row - first) * plan.count;
-  for (int64_t i = 0, next; i < plan.count; i = next) {
-    const int64_t begin = plan.segments[i].column;
+  const bool whole = contiguous_groups<Dot>(w), raw = whole && rows <= kRawRows;
+  const bool once =
+      raw && w.packed && rows <= kTileRows;  // one tile reads the codes: no block need stay in L1
+  Work work{};
+  work.segments = plan.segments;
+  work.x = x, work.x_stride = packed_bytes<Dot>(plan) / 4, work.x_sums = x_sums,
+  work.sums_stride = plan.count;
+  for (; work.first < plan.count; work.first += work.count) {
+    const Segment *segment = plan.segments + work.first, *last = plan.segments + plan.count;
+    const int64_t begin = segment->column;
     int64_t end = begin;
-    for (next = i; next < plan.count && plan.segments[next].column + plan.segments[next].columns - begin <=
-                                            kBlockSteps * Dot::columns;
-         ++next)
-      end = plan.segments[next].column + plan.segments[next].columns;
-    const int64_t last_byte = std::min((end * bits + 7) / 8, w.codes.row_bytes);
-    transpose_panel(w.codes, column, begin * bits / 8, last_byte - begin * bits / 8, raw);
-    const Segment* segments = plan.segments + i;
-    if (!whole) {
-      if constexpr (Dot::columns == 1) {
-        expand_scaled<bits>(w, raw, begin, end - begin, scale, offset, operands);
-        tiles<Dot, false, kTileRows>(rows, operands, begin, segments, next - i, x, stride, x_sums + i,
-                                     plan.count, ones, nullptr, sums);
+    while (segment < last &&
+           (once || segment->column + segment->columns - begin <= kBlockSteps * Dot::columns))
+      end = segment->column + segment->columns, ++segment;
+    work.count = segment - plan.segments - work.first;
+    const I* codes = raw_codes<bits>(w, column, begin, end, used, scratch_codes);
+    const int64_t bytes = (end - begin) * bits * kPanel / 8;
+    const char* ahead = w.packed ? reinterpret_cast<const char*>(codes) + (once ? kAhead : bytes) : nullptr;
+    for (int v = 0, step; v < used; v += step) {
+      step = raw && used - v >= kRawVectors ? kRawVectors : kTileVectors;
+      work.sums = sums + v * W;
+      work.scale = whole ? scale + v : ones, work.offset = whole && offset ? offset + v : nullptr;
+      if (raw) {
+        work.codes = codes + v, work.next = v == 0 ? ahead : nullptr, work.next_bytes = bytes;
+        step == kRawVectors ? tiles<Dot, kTileRows, kRawVectors, true>(rows, work)
+                            : tiles<Dot, kTileRows, kTileVectors, true>(rows, work);
+        continue;
       }
-    } else if (rows <= kRawRows) {
-      tiles<Dot, true, kRawRows>(rows, raw, begin, segments, next - i, x, stride, x_sums + i, plan.count,
-                                 scale, offset, sums);
-    } else {
-      expand<Dot>(raw, (end - begin) * bits / 32, operands);
-      tiles<Dot, false, kTileRows>(rows, operands, begin, segments, next - i, x, stride, x_sums + i,
-                                   plan.count, scale, offset, sums);
+      work.codes = operands;
+      work.next = ahead ? ahead + bytes * v / kVectors : nullptr,
+      work.next_bytes = bytes * kTileVectors / kVectors;
+      if (whole) {
+        expand<Dot>(codes + v, (end - begin) * bits / 32, operands);
+      } else if constexpr (Dot::columns == 1) {
+        expand_scaled<bits>(w, codes + v, begin, end - begin, scale + v, offset ? offset + v : nullptr,
+                            operands);
+      }
+      tiles<Dot, kTileRows, kTileVectors, false>(rows, work);
     }
   }
   finish<T>(call, sums, row, rows, column);
@@ -204,27 +243,20 @@ void pack(const Call& call, const Plan& plan, int64_t row, int32_t* out, Segment
   pack_row<Dot>(x, plan, out, sums, wide);
 }
 
-#if defined(__AVX512F__)
-// All of y for the few rows of x that are packed, the codes read in the order in which they lie.
+// Packs rows [row, row + rows) of x for one tile: [dword][rows], and their sums as [segment][rows].
 template <class Dot, class T>
-void run_stream(const Call& call, const Plan& plan, int64_t lanes, int64_t panels, int64_t group,
-                const int32_t* packed, int64_t packed_stride, const SegmentSums* x_sums) {
-  const int64_t stride = stream_bytes<Dot>(plan) / 4;
-  int32_t* x = scratch<Streamed, int32_t>(call.m * stride);
-  for (int64_t r = 0; r < call.m; ++r) stream_row<Dot>(packed + r * packed_stride, plan, x + r * stride);
-  parallel_tasks((panels + group - 1) / group, [&](int64_t task) {
-    float sums[kStreamRows * kPanel];
-    fetch(call.w, task * group * kPanel, group * kPanel, false);
-    for (int64_t p = task * group; p < std::min((task + 1) * group, panels); ++p) {
-      const auto [scale, offset, ones] = panel_scales<Dot::kBits>(call.w, p * kPanel);
-      for (int64_t r = 0; r < call.m; ++r)
-        stream_panel<Dot>(call.w.codes, p * kPanel, plan, lanes, reinterpret_cast<const I*>(x + r * stride),
-                          x_sums + r * plan.count, scale, offset, sums + r * kPanel);
-      finish<T>(call, sums, 0, call.m, p * kPanel);
-    }
-  });
+void pack_tile(const Call& call, const Plan& plan, int64_t row, int64_t rows, int32_t* out,
+               SegmentSums* sums) {
+  if (rows == 1) return pack<Dot, T>(call, plan, row, out, sums);
+  const int64_t dwords = packed_bytes<Dot>(plan) / 4;
+  int32_t* packed = scratch<PackedRow, int32_t>(dwords);
+  SegmentSums* packed_sums = scratch<PackedRowSums, SegmentSums>(plan.count);
+  for (int64_t r = 0; r < rows; ++r) {
+    pack<Dot, T>(call, plan, row + r, packed, packed_sums);
+    for (int64_t i = 0; i < dwords; ++i) out[i * rows + r] = packed[i];
+    for (int64_t i = 0; i < plan.count; ++i) sums[i * rows + r] = packed_sums[i];
+  }
 }
-#endif
 
 template <class Dot, class T>
 void run(const Call& call) {
@@ -241,24 +273,21 @@ void run(const Call& call) {
   SegmentSums* sums = scratch<PackedSums, SegmentSums>(batch * plan.count);
   for (int64_t first = 0; first < call.m; first += batch) {
     const int64_t rows = std::min(batch, call.m - first);
-    const int64_t together =
-        std::max<int64_t>(1, 16384 / std::max<int64_t>(plan.k, 1));  // rows to a packing task
-    parallel_tasks((rows + together - 1) / together, [&](int64_t task) {
-      for (int64_t r = task * together; r < std::min(rows, (task + 1) * together); ++r)
-        pack<Dot, T>(call, plan, first + r, x + r * (stride / 4), sums + r * plan.count);
+    const int64_t together = std::max<int64_t>(1, 16384 / std::max<int64_t>(kTileRows * plan.k, 1));
+    parallel_tasks((rows + kTileRows * together - 1) / (kTileRows * together), [&](int64_t task) {
+      const int64_t begin = task * kTileRows * together, end = std::min(rows, begin + kTileRows * together);
+      for (int64_t r = begin; r < end; r += kTileRows)
+        pack_tile<Dot, T>(call, plan, first + r, std::min(kTileRows, end - r), x + r * (stride / 4),
+                          sums + r * plan.count);
     });
-#if defined(__AVX512F__)
-    if constexpr (Dot::columns == 4)
-      if (const int64_t lanes = call.m <= kStreamRows ? stream_lanes<Dot>(plan) : 0)
-        return run_stream<Dot, T>(call, plan, lanes, panels, group, x, stride / 4, sums);
-#endif
     const int64_t pieces = (rows + kRows - 1) / kRows;
     parallel_tasks((panels + group - 1) / group * pieces, [&](int64_t task) {
       const int64_t row = task % pieces * kRows, begin = task / pieces * group,
                     end = std::min(begin + group, panels);
-      fetch(call.w, begin * kPanel, (end - begin) * kPanel, true);
+      if (!call.w.packed) fetch(call.w, begin * kPanel, (end - begin) * kPanel);
       for (int64_t p = begin; p < end; ++p)
-        panel<Dot, T>(call, plan, x, sums, first, first + row, std::min(kRows, rows - row), p * kPanel);
+        panel<Dot, T>(call, plan, x + row * (stride / 4), sums + row * plan.count, first + row,
+                      std::min(kRows, rows - row), p * kPanel);
     });
   }
 }
@@ -274,31 +303,38 @@ void choose(const Call& call) {
   run<Fp32Dot<bits>, T>(call);
 }
 
-bool matrix(const Tensor& t, int64_t rows, int64_t columns) {
-  return t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous();
+// Whether t is a contiguous [N, groups], or [panels, groups, kPanel] of a packed weight.
+bool grid(const Tensor& t, const Weight& w) {
+  if (!t.is_contiguous() || t.dim() != (w.packed ? 3 : 2) || t.size(1) != w.groups) return false;
+  return w.packed ? t.size(0) == (w.n + kPanel - 1) / kPanel && t.size(2) == kPanel : t.size(0) == w.n;
 }
 
 }  // namespace
 
 Tensor quant_matmul(Tensor x, Tensor q, Tensor scale, std::optional<Tensor> zero,
                     std::optional<Tensor> offset, std::optional<Tensor> g_idx, std::optional<Tensor> bias,
-                    int64_t group_size, int64_t act_bits, int64_t activation, double slope) {
+                    int64_t out_features, int64_t group_size, int64_t act_bits, int64_t activation,
+                    double slope) {
   PYARCH_CHECK(x.dim() == 2, "x: must be [M, K]");
-  PYARCH_CHECK(q.dim() == 2 && q.is_contiguous(), "q: must be contiguous and of 2 dimensions");
+  PYARCH_CHECK(q.is_contiguous(), "q: must be contiguous");
   const bool nibbles = q.scalar_type() == ScalarType::Byte;
   PYARCH_CHECK(nibbles || q.scalar_type() == ScalarType::Char, "q: dtype must be uint8 or int8");
   Call call{};
   Weight& w = call.w;
-  call.m = x.size(0), w.k = x.size(1), w.n = q.size(0);
-  PYARCH_CHECK(q.size(1) == (nibbles ? (w.k + 1) / 2 : w.k), "q: its columns do not fit x's");
+  call.m = x.size(0), w.k = x.size(1), w.n = out_features, w.packed = q.dim() == 4;
+  PYARCH_CHECK(w.n >= 0, "out_features: must be at least 0");
+  const int64_t panels = (w.n + kPanel - 1) / kPanel, dwords = (w.k * (nibbles ? 4 : 8) + 31) / 32;
+  PYARCH_CHECK(w.packed ? q.size(0) == panels && q.size(1) == dwords && q.size(2) == kPanel && q.size(3) == 4
+                        : q.dim() == 2 && q.size(0) == w.n && q.size(1) == (nibbles ? (w.k + 1) / 2 : w.k),
+               "q: its shape does not fit out_features and x's columns");
   PYARCH_CHECK(group_size == -1 || group_size >= 1, "group_size: must be -1 or at least 1");
   PYARCH_CHECK(w.k < (int64_t{1} << 31) && w.n < (int64_t{1} << 31), "q: more than 2^31 rows or columns");
   w.groups = group_size == -1 ? 1 : w.k / group_size + (w.k % group_size != 0);
   w.group_size = std::max<int64_t>(group_size == -1 ? w.k : std::min(group_size, w.k), 1);
-  PYARCH_CHECK(matrix(scale, w.n, w.groups), "scale: must be contiguous [N, groups]");
+  PYARCH_CHECK(grid(scale, w), "scale: must be contiguous [N, groups]");
   with_float_type(scale.scalar_type(), "scale", [](auto) {});
-  PYARCH_CHECK(!zero || matrix(*zero, w.n, w.groups), "zero: must be contiguous [N, groups]");
-  PYARCH_CHECK(!offset || (matrix(*offset, w.n, w.groups) && !zero),
+  PYARCH_CHECK(!zero || grid(*zero, w), "zero: must be contiguous [N, groups]");
+  PYARCH_CHECK(!offset || (grid(*offset, w) && !zero),
                "offset: must be contiguous [N, groups], and zero None");
   if (offset) with_float_type(offset->scalar_type(), "offset", [](auto) {});
   if (g_idx) {
@@ -315,7 +351,7 @@ Tensor quant_matmul(Tensor x, Tensor q, Tensor scale, std::optional<Tensor> zero
   PYARCH_CHECK(act_bits == 0 || act_bits == 8, "act_bits: must be 0 or 8");
   PYARCH_CHECK(activation >= 0 && activation < static_cast<int64_t>(Activation::kCount),
                "activation: unknown code ", activation);
-  w.codes = {static_cast<const uint8_t*>(q.data_ptr()), w.n, q.size(1)};
+  w.codes = {static_cast<const uint8_t*>(q.data_ptr()), w.n, nibbles ? (w.k + 1) / 2 : w.k};
   w.scale = {scale.data_ptr(), scale.scalar_type(), static_cast<int64_t>(scale.element_size())};
   if (zero) w.zero = Grid{zero->data_ptr(), zero->scalar_type(), static_cast<int64_t>(zero->element_size())};
   if (zero) with_grid_type(w.zero->type, [](auto) {});

@@ -67,17 +67,17 @@ inline void store_codes(int8_t* at, I codes) {
 #endif
 }
 
-// The columns of each raw dword in the order of Dot's steps.
+// The columns of each raw dword in the order of Dot's steps. Whole vectors of the row are rewritten.
 template <class Dot>
 inline void reorder(uint8_t* row, int64_t bytes) {
   constexpr int size = 4 / Dot::columns, columns = Dot::columns * Dot::steps;  // of an activation; of a dword
   if constexpr (Dot::columns > 1 && Dot::steps > 1) {
-    for (int64_t i = 0; i < bytes; i += columns * size) {
-      uint8_t from[columns * size];
-      std::memcpy(from, row + i, sizeof from);
-      for (int c = 0; c < columns; ++c)  // step c % steps, place c / steps
-        std::memcpy(row + i + (c % Dot::steps * Dot::columns + c / Dot::steps) * size, from + c * size, size);
+    uint8_t from[16];  // byte i of 16 comes from byte from[i]
+    for (int i = 0; i < 16; ++i) {
+      const int place = i / size % columns, column = place % Dot::columns * Dot::steps + place / Dot::columns;
+      from[i] = static_cast<uint8_t>(i / (columns * size) * columns * size + column * size + i % size);
     }
+    for (int64_t i = 0; i < bytes; i += sizeof(I)) store_i(row + i, shuffle_bytes(load_i(row + i), from));
   }
 }
 

@@ -15,15 +15,18 @@
 
 namespace pyarch {
 
+constexpr int kPanel = 64;  // output rows of w that are read together: those of a PackedTensor's panel
+constexpr int kVectors = kPanel / W;
+
+// A register tile is up to kTileRows rows of x by kRawVectors vectors of outputs if it expands raw codes
+// itself, or by kTileVectors if they are expanded before, which pays where many rows share them and registers
+// are few.
 #if defined(__AVX512F__)
-constexpr int kVectors = 2,
-              kTileRows = 6;  // a panel is kVectors * W output rows; rows of x to a register tile
-#elif defined(__AVX2__)
-constexpr int kVectors = 2, kTileRows = 4;
+constexpr int64_t kTileRows = 6, kRawRows = 1 << 30;
 #else
-constexpr int kVectors = 2, kTileRows = 4;
+constexpr int64_t kTileRows = 4, kRawRows = 2;  // kRawRows: up to here tiles expand codes themselves
 #endif
-constexpr int kPanel = kVectors * W;
+constexpr int kTileVectors = 2, kRawVectors = 4;
 
 template <int bits>
 constexpr int kCentre = bits == 4 ? 8 : 0;
@@ -135,45 +138,55 @@ struct SegmentSums {
   float sum;      // of the activations, for the offset
 };
 
-// Sums of `rows` rows of x with the kVectors * W outputs of a panel over the segments of one block:
+// Sums of `rows` rows of x with `vectors` vectors of a panel's outputs over the segments given:
 //   sums[r] += (sum of codes * x over the segment) * scale[group] + offset[group] * (sum of x)
-// codes is raw (expanded here) or already expanded, [dword or step][kVectors]. An output's chain of additions
-// is the same in every instantiation, so a row's result does not depend on the rows around it.
-template <class Dot, int rows, bool raw>
-void tile(const I* codes, int64_t block_column, const Segment* segments, int64_t count, const int32_t* x,
-          int64_t x_stride, const SegmentSums* x_sums, int64_t sums_stride, const F* scale, const F* offset,
-          float* sums) {
+// codes is raw, [dword][kVectors], and expanded here, or expanded already, [step][vectors]; scale and offset
+// are [group][kVectors] and sums is [row][kPanel], all from the tile's first vector on. An output's chain of
+// additions is the same in every instantiation, so a row's result does not depend on the rows around it.
+// next: null, or raw codes that will be read soon. They are fetched meanwhile, so much in a step that the
+// tiles of a block's vectors fetch as many bytes as the block has.
+template <class Dot, bool raw>
+constexpr int kFetched = raw ? kPanel * 4 : kPanel * 4 * kTileVectors / kVectors / Dot::steps;
+
+template <class Dot, int rows, int vectors, bool raw>
+void tile(const I* codes, const Segment* segments, int64_t count, const int32_t* x, const SegmentSums* x_sums,
+          const F* scale, const F* offset, const char* next, int64_t next_step, float* sums) {
   constexpr int expansions = raw ? Dot::steps : 1, columns = Dot::columns * expansions;
-  F total[rows][kVectors];
-#pragma GCC unroll 8
+  constexpr int stride = raw ? kVectors : vectors;
+  F total[rows][vectors];
+#pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) total[r][v] = load(sums + r * kPanel + v * W);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) total[r][v] = load(sums + r * kPanel + v * W);
   for (int64_t i = 0; i < count; ++i) {
     const Segment segment = segments[i];
-    typename Dot::Acc acc[rows][kVectors];
-#pragma GCC unroll 8
+    typename Dot::Acc acc[rows][vectors];
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Dot::start(x_sums[r * sums_stride + i].start);
-    const I* w = codes + (segment.column - block_column) / columns * kVectors;
-    const int32_t* at = x + segment.column / Dot::columns;
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) acc[r][v] = Dot::start(x_sums[i * rows + r].start);
+    const I* w = codes + (segment.column - segments[0].column) / columns * stride;
+    const int32_t* at = x + segment.column / Dot::columns * rows;
     const int dwords = segment.columns / columns;
-    for (int d = 0; d < dwords; ++d, w += kVectors, at += expansions) {
+    for (int d = 0; d < dwords; ++d, w += stride, at += expansions * rows) {
+      if (next) {
+        for (int line = 0; line < kFetched<Dot, raw>; line += 64) __builtin_prefetch(next + line);
+        next += next_step;
+      }
       const auto one = [&](auto expansion) {
         constexpr int e = decltype(expansion)::value;
         if constexpr (e < expansions) {
-          I operand[kVectors];
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) {
+          I operand[vectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
             operand[v] = load_i(w + v);
             if constexpr (raw) operand[v] = Dot::template expand<e>(operand[v]);
           }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int r = 0; r < rows; ++r) {
-            const I broadcast = set1_i(at[r * x_stride + e]);
-#pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) acc[r][v] = Dot::step(acc[r][v], operand[v], broadcast);
+            const I broadcast = set1_i(at[e * rows + r]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) acc[r][v] = Dot::step(acc[r][v], operand[v], broadcast);
           }
         }
       };
@@ -182,21 +195,21 @@ void tile(const I* codes, int64_t block_column, const Segment* segments, int64_t
       one(std::integral_constant<int, 4>{}), one(std::integral_constant<int, 5>{});
       one(std::integral_constant<int, 6>{}), one(std::integral_constant<int, 7>{});
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const SegmentSums& s = x_sums[r * sums_stride + i];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
+      const SegmentSums& s = x_sums[i * rows + r];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
         const int64_t g = static_cast<int64_t>(segment.group) * kVectors + v;
         total[r][v] = fma(Dot::finish(acc[r][v], s.scale), scale[g], total[r][v]);
         if (offset) total[r][v] = fma(set1(s.sum), offset[g], total[r][v]);
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(sums + r * kPanel + v * W, total[r][v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(sums + r * kPanel + v * W, total[r][v]);
 }
 
 }  // namespace pyarch

@@ -35,6 +35,10 @@ inline I sar(I a) {
 inline F as_float(I a) { return _mm512_castsi512_ps(a); }
 inline I as_int(F a) { return _mm512_castps_si512(a); }
 inline F from_halves(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // fp16 in each low word
+inline I shuffle_bytes(I a, const uint8_t* from) {  // byte i of every 16 becomes byte from[i] of them
+  return _mm512_shuffle_epi8(a,
+                             _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
 
 __attribute__((always_inline)) inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
   __m512i r[4];
@@ -81,6 +85,10 @@ inline I as_int(F a) { return _mm256_castps_si256(a); }
 inline F from_halves(I a) {  // fp16 in each low word
   const __m256i low = and_i(a, set1_i(0xffff));
   return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+inline I shuffle_bytes(I a, const uint8_t* from) {
+  return _mm256_shuffle_epi8(
+      a, _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
 __attribute__((always_inline)) inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {
@@ -131,6 +139,12 @@ inline F from_halves(I a) {
   F r;
   for (int i = 0; i < W; ++i) r[i] = to_float(fp16{static_cast<uint16_t>(a[i])});
   return r;
+}
+inline I shuffle_bytes(I a, const uint8_t* from) {
+  uint8_t in[16], out[16];
+  store_i(in, a);
+  for (int i = 0; i < 16; ++i) out[i] = in[from[i]];
+  return load_i(out);
 }
 
 __attribute__((always_inline)) inline void transpose(const uint8_t* p, int64_t stride, I* out, int64_t step) {

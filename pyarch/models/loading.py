@@ -63,6 +63,7 @@ def from_gguf(source: Any, *, dtype: torch.dtype = torch.float32, device: torch.
     act_bits    None, or 8 to round activations to int8 in the matmuls (changes answers)
     dequantize  hold every weight as numbers in `dtype`: for comparison
     progress    wraps the iterable of layers, as tqdm does
+    On the CPU quantised weights are prepacked (nn.QuantizedLinear.prepack).
     Raises ValueError for a file that is not a model of architecture llama, qwen2 or qwen3.
     """
     if isinstance(source, (str, Path)):
@@ -254,7 +255,13 @@ def _build(config: LlamaConfig, tensors: Tensors, names: Mapping[str, str], igno
         """Projections of the same input: part -> rows."""
         weights = [take(p, layer, rows, columns) for p, rows in parts.items()]
         biases = [take(p, layer, rows, bias=True, optional=True) for p, rows in parts.items()]
-        return nn.parallel(weights, biases, act_bits=act_bits)
+        return packed(nn.parallel(weights, biases, act_bits=act_bits))
+
+    def packed(layer: nn.Module) -> nn.Module:
+        """In the order of the CPU's kernels, if that is where it is."""
+        if torch.device(device).type == "cpu":
+            nn.prepack(layer.eval())
+        return layer
 
     c, heads, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     with torch.device("meta"):
@@ -262,6 +269,8 @@ def _build(config: LlamaConfig, tensors: Tensors, names: Mapping[str, str], igno
     table = take("embed", 0, c.vocab_size, c.hidden_size)
     if isinstance(table, QuantizedTensor):
         model.embed = nn.QuantizedEmbedding(table, dtype=dtype)
+        packed(model.embed)
+        table = model.embed.weight  # a tied head shares it
     else:
         model.embed = nn.Embedding.from_pretrained(table, freeze=False)
     for i, block in progress(list(enumerate(model.layers))):
@@ -277,7 +286,7 @@ def _build(config: LlamaConfig, tensors: Tensors, names: Mapping[str, str], igno
         mlp.down = project({"down": c.hidden_size}, i, c.intermediate_size)
     model.norm.weight = _parameter(take("norm", 0, c.hidden_size))
     head = table if c.tied else take("head", 0, c.vocab_size, c.hidden_size)
-    model.head = nn.linear(head, act_bits=act_bits)
+    model.head = packed(nn.linear(head, act_bits=act_bits))
     if isinstance(model.embed, nn.Embedding) and c.tied:
         model.head.weight = model.embed.weight
     if unused:

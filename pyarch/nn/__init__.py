@@ -3,6 +3,7 @@
 from torch.nn import Module as Module
 from torch.nn import ModuleList as ModuleList
 
+from ._quantized import prepack as prepack
 from .attention import Attention as Attention
 from .attention import PagedBatch as PagedBatch
 from .attention import PagedKVCache as PagedKVCache

@@ -1,33 +1,40 @@
-"""A module that owns a QuantizedTensor."""
+"""A module that owns a quantised weight."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 
-from ..quantized import QuantizedTensor
+from ..quantized import PackedTensor, QuantizedTensor
 
 _TENSORS = ("q", "scale", "zero", "offset", "g_idx")
 
 
 class QuantizedModule(torch.nn.Module):
-    """Holds a QuantizedTensor as buffers: they move between devices and are saved, and no `.to(dtype)` casts them."""
+    """Holds a QuantizedTensor as buffers: they move between devices and are saved, and no `.to(dtype)` casts them.
 
-    def __init__(self, weight: QuantizedTensor) -> None:
+    After `prepack()`, or made from a PackedTensor, it holds the packed form instead, which CPU kernels read faster.
+    That is for inference: `train()`, `load_state_dict` and a move to another device bring the canonical form back, and
+    state_dict, pickles and copies always have it.
+    """
+
+    def __init__(self, weight: QuantizedTensor | PackedTensor) -> None:
         super().__init__()
-        if not isinstance(weight, QuantizedTensor):
+        if not isinstance(weight, (QuantizedTensor, PackedTensor)):
             raise TypeError(
                 f"weight: must be a QuantizedTensor (pyarch.quantize makes one), not {type(weight).__name__}"
             )
         self.out_features, self.in_features = weight.shape
         self.group_size = weight.group_size
         for name in _TENSORS:
-            self.register_buffer(name, getattr(weight, name))
-        self._weight: QuantizedTensor | None = weight
+            self.register_buffer(name, None)
+        self._hold(weight)
+
+    def _hold(self, weight: QuantizedTensor | PackedTensor) -> None:
+        self._weight: QuantizedTensor | PackedTensor | None = weight
+        self._buffers.update((name, getattr(weight, name)) for name in _TENSORS)
 
     @property
-    def weight(self) -> QuantizedTensor:
+    def weight(self) -> QuantizedTensor | PackedTensor:
         """The weight [out_features, in_features]."""
         kept, b = self._weight, self._buffers
         if (
@@ -38,10 +45,36 @@ class QuantizedModule(torch.nn.Module):
             or kept.offset is not b["offset"]
             or kept.g_idx is not b["g_idx"]
         ):
-            kept = self._weight = QuantizedTensor(**{f.name: getattr(self, f.name) for f in fields(QuantizedTensor)})
+            kept = self._weight = self._as_held(*(getattr(self, name) for name in _TENSORS))
         return kept
 
+    def _as_held(self, q, scale, zero, offset, g_idx) -> QuantizedTensor | PackedTensor:
+        sizes = (self.in_features, self.group_size)
+        if q.dim() == 2:
+            return QuantizedTensor(q, scale, *sizes, zero, offset, g_idx)
+        return PackedTensor(q, scale, self.out_features, *sizes, zero, offset, g_idx)
+
+    def prepack(self) -> None:
+        """Holds the weight in the order of CPU kernels. Raises ValueError in training mode or off the CPU."""
+        weight = self.weight
+        if self.training:
+            raise ValueError("prepack: is for inference, call eval() first")
+        if isinstance(weight, QuantizedTensor):
+            self._hold(weight.prepack())
+
+    def _unpack(self) -> None:
+        weight = self.weight
+        if isinstance(weight, PackedTensor):
+            self._hold(weight.unpack())
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._unpack()
+        return super().train(mode)
+
     def _apply(self, fn, recurse=True):
+        if fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device.type != "cpu":
+            self._unpack()
         # As bytes, which move but are never cast: scales keep the dtype of their source.
         kept = {name: self._buffers.pop(name) for name in _TENSORS}
         try:
@@ -52,12 +85,30 @@ class QuantizedModule(torch.nn.Module):
             self._weight = None
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.weight
+        if isinstance(weight, PackedTensor):
+            canonical = weight.unpack()
+            destination.update((prefix + n, t) for n in _TENSORS if (t := getattr(canonical, n)) is not None)
+
     def _load_from_state_dict(self, *args, **kwargs):
+        self._unpack()
         super()._load_from_state_dict(*args, **kwargs)
         self._weight = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_weight": None}
+        weight = self.weight
+        canonical = weight.unpack() if isinstance(weight, PackedTensor) else weight
+        buffers = {**self._buffers, **{name: getattr(canonical, name) for name in _TENSORS}}
+        return {**self.__dict__, "_weight": None, "_buffers": buffers}
 
     def extra_repr(self) -> str:
         return repr(self.weight)
+
+
+def prepack(module: torch.nn.Module) -> None:
+    """`QuantizedModule.prepack` for every one of module and below it. Raises ValueError in training mode."""
+    for each in module.modules():
+        if isinstance(each, QuantizedModule):
+            each.prepack()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..quantized import QuantizedTensor
+from ..quantized import PackedTensor, QuantizedTensor
 from ._quantized import QuantizedModule
 
 
@@ -22,13 +22,13 @@ class Embedding(torch.nn.Embedding):
 
 
 class QuantizedEmbedding(QuantizedModule):
-    """Rows of a QuantizedTensor [num_embeddings, embedding_dim]; only the rows asked for are dequantised.
+    """Rows of a quantised weight [num_embeddings, embedding_dim]; only the rows asked for are dequantised.
 
     forward(ids): int64 (...) in [0, num_embeddings) -> (..., embedding_dim) in `dtype`, which `.to(dtype)` changes.
     Raises IndexError for an id out of range.
     """
 
-    def __init__(self, weight: QuantizedTensor, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight: QuantizedTensor | PackedTensor, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(weight)
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
 
@@ -38,8 +38,4 @@ class QuantizedEmbedding(QuantizedModule):
         return self.get_buffer("_like").dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        w, flat = self.weight, ids.reshape(-1)
-        q, scale = w.q.index_select(0, flat), w.scale.index_select(0, flat)
-        zero, offset = (None if t is None else t.index_select(0, flat) for t in (w.zero, w.offset))
-        rows = QuantizedTensor(q, scale, w.in_features, w.group_size, zero, offset, w.g_idx)
-        return rows.dequantize(self.dtype).view(*ids.shape, w.in_features)
+        return self.weight.rows(ids.reshape(-1)).dequantize(self.dtype).view(*ids.shape, self.in_features)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from ..ops import quant_matmul
-from ..quantized import QuantizedTensor, concat, quantize, same_format
+from ..quantized import PackedTensor, QuantizedTensor, concat, quantize, same_format
 from ._quantized import QuantizedModule
 
-Weight = torch.Tensor | QuantizedTensor
+Weight = torch.Tensor | QuantizedTensor | PackedTensor
 
 
 class Linear(torch.nn.Linear):
@@ -20,12 +20,13 @@ class Linear(torch.nn.Linear):
 class QuantizedLinear(QuantizedModule):
     """y = x @ weight.T + bias through pyarch.quant_matmul; x (..., in_features) -> (..., out_features).
 
-    weight    QuantizedTensor, kept as it is; `.to(dtype)` never changes it
+    weight    QuantizedTensor or PackedTensor, kept as it is; `.to(dtype)` never changes it
     bias      (out_features), x's dtype or float32, or None; a parameter
     act_bits  None, or 8: round activations to int8 inside the matmul (changes answers, see quant_matmul)
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None = None, *, act_bits: int | None = None):
+    def __init__(self, weight: QuantizedTensor | PackedTensor, bias: torch.Tensor | None = None, *,
+                 act_bits: int | None = None) -> None:  # fmt: skip
         super().__init__(weight)
         if act_bits not in (None, 8):
             raise ValueError(f"act_bits: must be None or 8, not {act_bits!r}")
@@ -57,8 +58,8 @@ class ParallelLinear(torch.nn.Module):
 
 
 def linear(weight: Weight, bias: torch.Tensor | None = None, *, act_bits: int | None = None) -> torch.nn.Module:
-    """The layer for a weight [N, K]: QuantizedLinear for a QuantizedTensor, else Linear sharing the tensor."""
-    if isinstance(weight, QuantizedTensor):
+    """The layer for a weight [N, K]: QuantizedLinear for a quantised one, else Linear sharing the tensor."""
+    if not isinstance(weight, torch.Tensor):
         return QuantizedLinear(weight, bias, act_bits=act_bits)
     layer = Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
     layer.weight = torch.nn.Parameter(weight)
@@ -89,9 +90,9 @@ def parallel(weights: Sequence[Weight], biases: Sequence[torch.Tensor | None], *
 
 
 def _stack(a: Weight, b: Weight) -> bool:
-    if isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor):
-        return isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and same_format(a, b)
-    return a.dtype == b.dtype
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype
+    return isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and same_format(a, b)
 
 
 def _cat(weights: Sequence[Weight]) -> Weight:
