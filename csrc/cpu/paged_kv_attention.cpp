@@ -1,6 +1,7 @@
 // paged_attention: checks every value, then hands each sequence to the kernel for its number of rows.
 #include "paged_kv_attention.h"
 
+#include "operators.h"
 #include "paged_kv_few.h"
 
 namespace pyarch {
@@ -162,6 +163,8 @@ std::vector<PagedSequence> check_values(const PagedAttention& a, int64_t total, 
   return sequences;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                                            Tensor seq_lens, std::optional<Tensor> cu_seqlens_q,
                                            std::optional<Tensor> sinks, bool causal, int64_t window_left,
@@ -224,8 +227,6 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
   });
   return {out, lse};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyarch, CPU, m) { m.impl("paged_attention__cpu", TORCH_BOX(&paged_attention)); }
 

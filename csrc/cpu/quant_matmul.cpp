@@ -11,6 +11,7 @@
 //
 // The chain of an output is fixed by the weight alone, so rows do not depend on M, tiles or threads.
 #include "epilogue.h"
+#include "operators.h"
 #include "quant_matmul_activations.h"
 #include "quant_matmul_weights.h"
 #include "types.h"

@@ -1,5 +1,6 @@
 // rms_norm: one row a task; two passes over a row that stays in L1.
 //   s = x + residual;  y = s * rsqrt(mean(s^2) + eps) * weight,  in fp32, rounded once on the way out.
+#include "operators.h"
 #include "tensor.h"
 #include "types.h"
 #include "vec.h"

@@ -1,5 +1,6 @@
 // rotary_append: per token, q and k heads through fp32 scratch in L1 (norm, rotation), rounded once on the
 // way out, k and v straight into their slots. Every index is checked before the first write.
+#include "operators.h"
 #include "paged_kv.h"
 #include "tensor.h"
 #include "types.h"

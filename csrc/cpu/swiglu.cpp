@@ -1,4 +1,5 @@
 // swiglu: y = silu(gate) * up for rows [gate | up]; one pass, fp32, rounded once.
+#include "operators.h"
 #include "tensor.h"
 #include "types.h"
 #include "vec.h"

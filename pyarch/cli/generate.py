@@ -15,6 +15,7 @@ import torch
 from .._instruments import Operators
 from ..dispatch import BACKENDS, use_backend
 from ..models import Llama, generate
+from ..nn import DecoderBlock
 from . import weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,8 +81,10 @@ def operators(model: Llama, prompt: list[int]) -> dict[str, str]:
     """The backend of each pyarch op in one more step of the model; an empty dict is plain PyTorch throughout."""
     with Operators() as seen:
         list(generate(model, prompt[-1:], max_tokens=1))
-    names = {operator.name().removeprefix("pyarch::") for operator, _ in seen.calls}
-    return dict(sorted(name.rsplit("__", 1) for name in names))
+    backends = dict(operator.name().removeprefix("pyarch::").rsplit("__", 1) for operator, _ in seen.calls)
+    if whole := backends.pop("decoder_block", None):
+        backends |= dict.fromkeys(DecoderBlock.OPS, whole)
+    return dict(sorted(backends.items()))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

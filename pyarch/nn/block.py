@@ -1,4 +1,4 @@
-"""A decoder layer, and its short way: the operators that its checked call made, called again without the checks."""
+"""A decoder layer, and its short way: the operators that its checked call made, in one call without the checks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from ..dispatch import forced
-from ..native import Recorder, operator
+from ..native import Recorder, define, operator
 from .attention import Attention, PagedBatch
 from .mlp import SwiGLU
 from .norm import RMSNorm
 from .rotary import RotaryEmbedding
 
-_rms_norm, _matmul, _rotary, _attend, _swiglu = _OPERATORS = [
-    operator(name, "cpu") for name in ("rms_norm", "quant_matmul", "rotary_append", "paged_attention", "swiglu")
-]
-_STEPS = [_rms_norm, _matmul, _rotary, _attend, _matmul, _rms_norm, _matmul, _swiglu, _matmul]
+_OPS = ("rms_norm", "quant_matmul", "rotary_append", "paged_attention", "quant_matmul", "rms_norm", "quant_matmul",
+        "swiglu", "quant_matmul")  # fmt: skip
+_STEPS = [operator(name, "cpu") for name in _OPS]
+
+
+def _fake(x, residual, *_):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+define(
+    "decoder_block",
+    "(Tensor x, Tensor? residual, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+    " Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, bool interleaved,"
+    " Tensor?[] tensors, int[] sizes, float[] numbers) -> (Tensor, Tensor)",
+    _fake,
+)
+_block = operator("decoder_block", "cpu")
 _SETTINGS = ("act_bits", "eps", "window", "num_heads", "num_kv_heads", "head_dim", "forward")
 _GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
@@ -32,10 +45,12 @@ class DecoderBlock(torch.nn.Module):
 
     Public functions check their arguments and choose a backend in every call, which for one token costs more than the
     small ops do. So the first cached call notes which operators it made; where they are the nine CPU operators of
-    quantised projections, the next calls make the same ones directly, as long as nothing that decided it has changed:
-    dtype, `use_backend`, the modules, their tensors, settings and hooks, no autograd, no compiler. CPU operators
-    recheck all that memory safety needs.
+    quantised projections, the next calls make the same ones in one (csrc/cpu/decoder_block.cpp), as long as nothing
+    that decided it has changed: dtype, `use_backend`, the modules, their tensors, settings and hooks, no autograd, no
+    compiler. CPU operators recheck all that memory safety needs.
     """
+
+    OPS = frozenset(_OPS)  # what the operator decoder_block consists of
 
     def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: SwiGLU) -> None:
         super().__init__()
@@ -75,9 +90,13 @@ class _ShortWay:
 
     def __init__(self, block: DecoderBlock, calls: list[tuple]) -> None:
         norm, qkv, rotary, attend, out, mlp_norm, gate_up, _, down = calls
-        self.norm, self.mlp_norm = (norm[1], norm[3]), (mlp_norm[1], mlp_norm[3])
-        self.qkv, self.out, self.gate_up, self.down = qkv[1:], out[1:], gate_up[1:], down[1:]
-        self.head_norms, self.num_heads, self.eps, self.attend = rotary[7:9], rotary[9], rotary[11], attend[6:]
+        matmuls = [args[1:] for args in (qkv, out, gate_up, down)]
+        (*head_norms, num_heads), head_eps = rotary[7:10], rotary[11]
+        causal, left, right, softcap, scale = attend[7:]
+        # In the order that csrc/cpu/decoder_block.cpp names.
+        self.tensors = [norm[1], mlp_norm[1], *head_norms, *(t for args in matmuls for t in args[:6])]
+        self.sizes = [num_heads, int(causal), left, right, *(n for args in matmuls for n in args[6:10])]
+        self.numbers = [norm[3], mlp_norm[3], head_eps, softcap, scale, *(args[10] for args in matmuls)]
         self.kept: list[tuple[dict, str, Any]] = []
         self.hooks = list(_GLOBAL_HOOKS)
         for module in block.modules():
@@ -94,13 +113,7 @@ class _ShortWay:
         return not any(self.hooks)
 
     def __call__(self, x, residual, rope, batch, layer):
-        weight, eps = self.norm
-        y, total = _rms_norm(x, weight, residual, eps)
-        k_cache, v_cache = batch.cache.k[layer], batch.cache.v[layer]
         cos, sin = rope.tables(batch.length, x.device)
-        q = _rotary(_matmul(y, *self.qkv), cos, sin, batch.positions, k_cache, v_cache, batch.slots,
-                    *self.head_norms, self.num_heads, rope.interleaved, self.eps)  # fmt: skip
-        y, _ = _attend(q, k_cache, v_cache, batch.block_table, batch.seq_lens, batch.cu_seqlens, *self.attend)
-        weight, eps = self.mlp_norm
-        y, total = _rms_norm(_matmul(y.flatten(1), *self.out), weight, x if residual is None else total, eps)
-        return _matmul(_swiglu(_matmul(y, *self.gate_up)), *self.down), total
+        return _block(x, residual, cos, sin, batch.positions, batch.cache.k[layer], batch.cache.v[layer], batch.slots,
+                      batch.block_table, batch.seq_lens, batch.cu_seqlens, rope.interleaved, self.tensors, self.sizes,
+                      self.numbers)  # fmt: skip
