@@ -51,7 +51,7 @@ def quant_matmul_calls() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         zeros = None if zero is None else torch.empty_like(scale, dtype=getattr(torch, zero))
         x, bias = torch.empty((m, k), dtype=dtype), torch.empty(n, dtype=dtype)
         label = f"m{m} int{bits} g{group} zero={zero} {dtype}".replace("torch.", "")
-        arguments = (x, q, scale, zeros, None, None, bias, group, 0, 2, 0.0)
+        arguments = (x, q, scale, zeros, None, None, bias, n, group, 0, 2, 0.0)
         yield label, lambda arguments=arguments: quant_matmul.forward(*arguments)
 
 

@@ -86,7 +86,7 @@ def test_float32_in_full(bits, form):
     """What autograd keeps for an epilogue; the public function leaves float32 to the reference."""
     for m, n, k, group in [(3, 70, 130, 64), (40, 65, 95, -1)]:
         w, x = weight(n, k, group, bits, form), draw(m, k, dtype=torch.float32)
-        got = kernel.forward(x, w.q, w.scale, w.zero, w.offset, None, None, group, 0, 0, 0.0)
+        got = kernel.forward(x, w.q, w.scale, w.zero, w.offset, None, None, n, group, 0, 0, 0.0)
         assert_close(form, got, quant_matmul_reference(x.double(), w), quant_matmul_reference(x, w))
 
 
@@ -147,7 +147,7 @@ def test_gradient():
 
 def test_no_columns():
     w = QuantizedTensor(torch.empty(5, 0, dtype=torch.uint8), torch.empty(5, 0), 0, 32).to(DEVICE)
-    y = kernel.forward(draw(6, 0), w.q, w.scale, None, None, None, draw(5), 32, 0, 1, 0.0)
+    y = kernel.forward(draw(6, 0), w.q, w.scale, None, None, None, draw(5), 5, 32, 0, 1, 0.0)
     assert y.shape == (6, 5)
     assert y.isfinite().all()
 
@@ -155,12 +155,13 @@ def test_no_columns():
 def test_operator_refuses_what_it_cannot_compute():
     x, w = draw(2, 64), weight(8, 64, 32, 4, "zero")
     good = dict(x=x, q=w.q, scale=w.scale, zero=w.zero, offset=None, g_idx=None, bias=None,
-                group_size=32, act_bits=0, activation=0, slope=0.0)  # fmt: skip
+                out_features=8, group_size=32, act_bits=0, activation=0, slope=0.0)  # fmt: skip
     call = native.operator("quant_matmul", "triton")
     call(*good.values())
     for name, value in [
         ("x", x.double()), ("x", x[:, :32]), ("x", x[0]), ("q", w.q[:, :1]), ("q", w.q.int()), ("q", w.q[None]),
         ("scale", w.scale[:, :1]), ("zero", w.zero[:4]), ("offset", w.scale), ("bias", x[0]), ("g_idx", w.zero),
+        ("out_features", 7), ("out_features", 9),
         ("group_size", 33), ("group_size", 0), ("group_size", -2), ("group_size", 2**40), ("act_bits", 8),
         ("activation", 6), ("activation", -1),
     ]:  # fmt: skip
