@@ -25,7 +25,6 @@ It has the very same codes and numbers, results do not differ in a bit, and `unp
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import threading
@@ -37,6 +36,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
+
+from .allocator import in_huge_pages
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
@@ -131,7 +132,7 @@ class _HugePages:
     CHUNK = 32 << 20
 
     def __init__(self) -> None:
-        self.lock, self.left = threading.Lock(), torch.empty(0, dtype=torch.uint8)
+        self.lock, self.left = threading.Lock(), torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         size = math.prod(shape) * dtype.itemsize
@@ -142,12 +143,11 @@ class _HugePages:
         return taken.view(dtype).view(shape)
 
     def _chunk(self, size: int) -> torch.Tensor:
-        if not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.empty(size, dtype=torch.uint8)
+        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+            return torch.empty(size, dtype=torch.uint8, device="cpu")
+        # Not torch.empty: of the memory that malloc gives again, small pages are already there, and remain.
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return in_huge_pages(torch.frombuffer(memory, dtype=torch.uint8))
 
 
 _huge_pages = _HugePages()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..allocator import in_huge_pages
 from . import _args
 
 
@@ -52,8 +51,8 @@ class PagedKVCache:
         if dtype not in _args.FLOATS:
             raise TypeError(f"dtype: must be {' or '.join(map(str, _args.FLOATS))}, not {dtype}")
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        self._k = _in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
-        self._v = _in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
+        self._k = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
+        self._v = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         self.k: tuple[torch.Tensor, ...] = self._k.unbind()
         self.v: tuple[torch.Tensor, ...] = self._v.unbind()
         self.page_size = page_size
@@ -160,16 +159,6 @@ class PagedKVCache:
             cache[:, new, :used].copy_(cache[:, old, :used])
         self._owners[old] -= 1
         s._pages[-1] = new
-
-
-def _in_huge_pages(memory: torch.Tensor) -> torch.Tensor:
-    """Asks Linux for 2 MB pages under a large CPU tensor: pages of the cache lie anywhere, and reading them walked the
-    page table 15 % of the time. Advice only: nothing depends on whether it is heeded."""
-    size = 2 << 20
-    start, end = -(-memory.data_ptr() // size) * size, (memory.data_ptr() + memory.nbytes) // size * size
-    if memory.device.type == "cpu" and sys.platform == "linux" and start < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE
-    return memory
 
 
 def _count(name: str, value: object, least: int) -> None:
