@@ -7,17 +7,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_weights import weight
 
 import pyarch
 from pyarch import nn
 from pyarch.quantized import QuantizedTensor, concat
-
-
-def weight(n: int, k: int, *, bits: int = 4, group_size: int = 32, kind: str = "symmetric") -> QuantizedTensor:
-    w = pyarch.quantize(torch.randn(n, k), bits=bits, group_size=group_size, symmetric=kind == "symmetric")
-    if kind == "offset":
-        w = QuantizedTensor(w.q, w.scale.half(), k, group_size, offset=torch.randn(w.scale.shape).half())
-    return w
 
 
 class TestQuantizedLinear:
@@ -58,7 +52,7 @@ class TestQuantizedLinear:
 
     @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
     def test_casts_leave_the_weight_alone(self, cast):
-        w = weight(8, 64, kind="offset")
+        w = weight(8, 64, kind="offset", scale_dtype=torch.float16)
         layer = cast(nn.QuantizedLinear(w, torch.randn(8)))
         assert torch.equal(layer.weight.dequantize(), w.dequantize())
         assert (layer.scale.dtype, layer.offset.dtype) == (torch.float16, torch.float16)

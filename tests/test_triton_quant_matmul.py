@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_weights import FORMATS
 
 import pyarch
 from pyarch import arch, native
@@ -23,7 +24,6 @@ from pyarch.kernels import quant_matmul as kernel  # noqa: E402
 
 DEVICE = "cpu" if arch.interpreting() else "cuda"
 DTYPES = (torch.bfloat16, torch.float16)
-FORMATS = ("symmetric", "zero", "float zero", "offset")
 
 
 def weight(n, k, group_size, bits, form, dtype=torch.float32, device=DEVICE):
