@@ -41,7 +41,7 @@ from .allocator import in_huge_pages
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
-_TENSORS = ("q", "scale", "zero", "offset", "g_idx")
+TENSORS = ("q", "scale", "zero", "offset", "g_idx")  # the fields of both layouts that are tensors
 PANEL = 64
 
 
@@ -76,6 +76,11 @@ class _Weight:
         return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
 
     @property
+    def _row_bytes(self) -> int:
+        """Bytes of a row's codes: the columns of the canonical q."""
+        return -(-self.in_features * self.bits // 8)
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self._tensors() if t is not None)
 
@@ -87,7 +92,7 @@ class _Weight:
         return torch.zeros_like(columns) if self.group_size == -1 else columns // self.group_size
 
     def _tensors(self) -> list[torch.Tensor | None]:
-        return [getattr(self, name) for name in _TENSORS]
+        return [getattr(self, name) for name in TENSORS]
 
     def _check(self, q: tuple[int, ...], *panel: int) -> None:
         """That all but q's dtype is as the format says, given q's shape and what follows the groups in scale's."""
@@ -171,8 +176,7 @@ class QuantizedTensor(_Weight):
     def __post_init__(self) -> None:
         if self.q.dtype not in (torch.uint8, torch.int8) or self.q.dim() != 2:
             raise TypeError(f"q: must be uint8 or int8 of 2 dimensions, not {self.q.dtype} {tuple(self.q.shape)}")
-        n, k = self.q.shape[0], self.in_features
-        self._check((n, (k + 1) // 2 if self.bits == 4 else k))
+        self._check((self.q.shape[0], self._row_bytes))
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
@@ -258,8 +262,7 @@ class PackedTensor(_Weight):
         index.new_zeros(1).expand(self.out_features).index_select(0, index)  # raises; indexing takes negative ones
         panel, row = index // PANEL, index % PANEL
         grids = [None if t is None else t[panel, :, row] for t in (self.scale, self.zero, self.offset)]
-        columns = (self.in_features + 1) // 2 if self.bits == 4 else self.in_features
-        q = self.q[panel, :, row].flatten(1)[:, :columns].contiguous()
+        q = self.q[panel, :, row].flatten(1)[:, : self._row_bytes].contiguous()
         return _unflatten(QuantizedTensor, [q, *grids, self.g_idx], (self.in_features, self.group_size))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -355,7 +358,7 @@ def _flatten(t: _Weight) -> tuple[list, tuple]:
 def _unflatten(kind, tensors, context: tuple):
     # Without __post_init__: torch.compile and vmap put placeholders where the tensors were.
     made = object.__new__(kind)
-    for name, value in [*zip(_TENSORS, tensors, strict=True), *zip(kind._NUMBERS, context, strict=True)]:
+    for name, value in [*zip(TENSORS, tensors, strict=True), *zip(kind._NUMBERS, context, strict=True)]:
         object.__setattr__(made, name, value)
     return made
 

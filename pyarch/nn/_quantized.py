@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..quantized import PackedTensor, QuantizedTensor
-
-_TENSORS = ("q", "scale", "zero", "offset", "g_idx")
+from ..quantized import TENSORS, PackedTensor, QuantizedTensor
 
 
 class QuantizedModule(torch.nn.Module):
@@ -25,13 +23,13 @@ class QuantizedModule(torch.nn.Module):
             )
         self.out_features, self.in_features = weight.shape
         self.group_size = weight.group_size
-        for name in _TENSORS:
+        for name in TENSORS:
             self.register_buffer(name, None)
         self._hold(weight)
 
     def _hold(self, weight: QuantizedTensor | PackedTensor) -> None:
         self._weight: QuantizedTensor | PackedTensor | None = weight
-        self._buffers.update((name, getattr(weight, name)) for name in _TENSORS)
+        self._buffers.update((name, getattr(weight, name)) for name in TENSORS)
 
     @property
     def weight(self) -> QuantizedTensor | PackedTensor:
@@ -45,7 +43,7 @@ class QuantizedModule(torch.nn.Module):
             or kept.offset is not b["offset"]
             or kept.g_idx is not b["g_idx"]
         ):
-            kept = self._weight = self._as_held(*(getattr(self, name) for name in _TENSORS))
+            kept = self._weight = self._as_held(*(getattr(self, name) for name in TENSORS))
         return kept
 
     def _as_held(self, q, scale, zero, offset, g_idx) -> QuantizedTensor | PackedTensor:
@@ -62,10 +60,12 @@ class QuantizedModule(torch.nn.Module):
         if isinstance(weight, QuantizedTensor):
             self._hold(weight.prepack())
 
-    def _unpack(self) -> None:
+    def _canonical(self) -> QuantizedTensor:
         weight = self.weight
-        if isinstance(weight, PackedTensor):
-            self._hold(weight.unpack())
+        return weight.unpack() if isinstance(weight, PackedTensor) else weight
+
+    def _unpack(self) -> None:
+        self._hold(self._canonical())
 
     def train(self, mode: bool = True):
         if mode:
@@ -76,7 +76,7 @@ class QuantizedModule(torch.nn.Module):
         if fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device.type != "cpu":
             self._unpack()
         # As bytes, which move but are never cast: scales keep the dtype of their source.
-        kept = {name: self._buffers.pop(name) for name in _TENSORS}
+        kept = {name: self._buffers.pop(name) for name in TENSORS}
         try:
             super()._apply(fn, recurse)
             kept = {n: None if t is None else fn(t.view(torch.uint8)).view(t.dtype) for n, t in kept.items()}
@@ -87,10 +87,9 @@ class QuantizedModule(torch.nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.weight
-        if isinstance(weight, PackedTensor):
-            canonical = weight.unpack()
-            destination.update((prefix + n, t) for n in _TENSORS if (t := getattr(canonical, n)) is not None)
+        canonical = self._canonical()
+        if canonical is not self.weight:
+            destination.update((prefix + n, t) for n in TENSORS if (t := getattr(canonical, n)) is not None)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._unpack()
@@ -98,9 +97,8 @@ class QuantizedModule(torch.nn.Module):
         self._weight = None
 
     def __getstate__(self):
-        weight = self.weight
-        canonical = weight.unpack() if isinstance(weight, PackedTensor) else weight
-        buffers = {**self._buffers, **{name: getattr(canonical, name) for name in _TENSORS}}
+        canonical = self._canonical()
+        buffers = {**self._buffers, **{name: getattr(canonical, name) for name in TENSORS}}
         return {**self.__dict__, "_weight": None, "_buffers": buffers}
 
     def extra_repr(self) -> str:
