@@ -145,7 +145,7 @@ def paged_attention_reference(
     starts = list(range(q.shape[0] + 1)) if cu_seqlens_q is None else cu_seqlens_q.tolist()
     lens = seq_lens.tolist()
     check_lengths(starts, lens, q.shape[0], block_table.shape[1] * page_size)
-    left, right = _window(causal, window)
+    left, right = (2**31 if side == -1 else side for side in _attention.window(window, causal))
     spans = [_span(n, last - first, left, right) for first, last, n in zip(starts[:-1], starts[1:], lens, strict=True)]
     tables = [block_table[b, low // page_size : -(-high // page_size)].long() for b, (low, high) in enumerate(spans)]
     for b, used in enumerate(tables):
@@ -180,12 +180,6 @@ def check_lengths(starts: list[int], lens: list[int], total: int, capacity: int)
         raise ValueError(f"cu_seqlens_q: must rise from 0 to {total} (q's rows), not {starts}")
     if any(not 0 <= n <= capacity for n in lens):
         raise ValueError(f"seq_lens: must be 0 to {capacity} (what block_table can hold), not {lens}")
-
-
-def _window(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
-    """How far a row sees to the left and to the right, with everything as a large number."""
-    left, right = (2**31 if side == -1 else side for side in window or (-1, -1))
-    return left, 0 if causal else right
 
 
 def _span(length: int, rows: int, left: int, right: int) -> tuple[int, int]:

@@ -101,8 +101,7 @@ def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_
     if weight.device != x.device:
         raise ValueError(f"weight: must be on {x.device} like x, not {weight.device}")
     if bias is not None:
-        _args.tensor("bias", bias, rank=1, dtypes=(x.dtype, torch.float32), device=x.device)
-        _args.shape("bias", bias, weight.out_features)
+        _args.tensor("bias", bias, dtypes=(x.dtype, torch.float32), device=x.device, shape=(weight.out_features,))
     _activation.encode(activation)
     if act_bits not in (None, 8):
         raise ValueError(f"act_bits: must be None or 8, not {act_bits!r}")

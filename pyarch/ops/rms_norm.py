@@ -61,13 +61,9 @@ def check(x: Any, weight: Any, *, eps: float = 1e-6, residual: Any = None) -> Fa
     _args.tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x: must have at least one dimension")
-    _args.tensor("weight", weight, rank=1, device=x.device)
-    _args.shape("weight", weight, x.shape[-1])
-    if weight.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"weight: dtype must be {x.dtype} or torch.float32, not {weight.dtype}")
+    _args.tensor("weight", weight, dtypes=(x.dtype, torch.float32), device=x.device, shape=x.shape[-1:])
     if residual is not None:
-        _args.tensor("residual", residual, dtypes=(x.dtype,), device=x.device)
-        _args.shape("residual", residual, *x.shape)
+        _args.tensor("residual", residual, dtypes=(x.dtype,), device=x.device, shape=x.shape)
     if not eps >= 0:
         raise ValueError(f"eps: must be at least 0, not {eps}")
     return {"device": _args.device_type(x), "dtype": x.dtype}

@@ -154,15 +154,12 @@ def check(
     _args.shape("qkv", qkv, tokens, (num_heads + 2 * num_kv_heads) * dim)
     _args.tensor("cos", cos, rank=2, dtypes=(table,), device=device)
     _args.shape("cos", cos, cos.shape[0], dim // 2)
-    _args.tensor("sin", sin, rank=2, dtypes=(table,), device=device)
-    _args.shape("sin", sin, *cos.shape)
+    _args.tensor("sin", sin, dtypes=(table,), device=device, shape=cos.shape)
     for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
-        _args.tensor(name, index, rank=1, dtypes=(torch.int64,), device=device)
-        _args.shape(name, index, tokens)
+        _args.tensor(name, index, dtypes=(torch.int64,), device=device, shape=(tokens,))
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
-            _args.tensor(name, weight, rank=1, dtypes=(dtype, torch.float32), device=device)
-            _args.shape(name, weight, dim)
+            _args.tensor(name, weight, dtypes=(dtype, torch.float32), device=device, shape=(dim,))
     if not eps >= 0:
         raise ValueError(f"eps: must be at least 0, not {eps}")
     return {
