@@ -74,13 +74,14 @@ def test_a_named_backend_runs_or_raises():
         pyarch.rms_norm(X, W, backend="gpu")
 
 
-@pytest.mark.parametrize("name", ["sample", "kv_append", "paged_attention", "rotary_append"])
+@pytest.mark.parametrize("name", ["sample", "kv_append", "paged_attention", "rotary_append", "flash_attention"])
 def test_what_an_operator_refuses_is_a_value_error_under_every_torch(name, monkeypatch):
     cache, int64, int32 = torch.zeros(2, 2, 1, 4), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     args = {
         "sample": (torch.randn(1, 8),),
         "kv_append": (torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), cache, cache.clone(), int64),
         "paged_attention": (torch.zeros(1, 1, 4), cache, cache.clone(), int32[None], int32),
+        "flash_attention": (torch.zeros(1, 1, 2, 4),) * 3,
         "rotary_append": (torch.zeros(1, 12), torch.ones(1, 2), torch.ones(1, 2), int64, cache, cache.clone(), int64),
     }[name]
     options = dict(num_heads=1, num_kv_heads=1) if name == "rotary_append" else {}

@@ -129,7 +129,7 @@ BAD_CU_SEQLENS = [
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_values_of_cu_seqlens_are_checked(cu, backend):
     cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in cu)
-    with pytest.raises((RuntimeError, ValueError), match=r"^cu_seqlens_[qk]:"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens_[qk]:"):
         attend(*draw(torch.float32, rows=3, keys=5), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend=backend)
 
 

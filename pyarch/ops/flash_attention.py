@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..dispatch import Facts, Limits, Op
-from ..native import define, operator
+from ..native import define, operator, refusal
 from . import _args, _attention
 
 
@@ -259,16 +259,17 @@ def _broadcastable(name: str, x: torch.Tensor, full: tuple[int, ...]) -> None:
 
 def _run(backend: str, tensors: tuple, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
-    return operator("flash_attention", backend)(
-        q, k, v,
-        None if sinks is None else sinks.float().contiguous(),
-        None if bias is None else bias.expand(*q.shape[:3], k.shape[2]),
-        None if mask is None else mask.expand(*q.shape[:3], k.shape[2]),
-        None if slopes is None else slopes.float().contiguous(),
-        None if cu_q is None else cu_q.contiguous(),
-        None if cu_k is None else cu_k.contiguous(),
-        *options,
-    )  # fmt: skip
+    try:
+        return operator("flash_attention", backend)(
+            q, k, v,
+            None if sinks is None else sinks.float().contiguous(),
+            None if bias is None else bias.expand(*q.shape[:3], k.shape[2]),
+            None if mask is None else mask.expand(*q.shape[:3], k.shape[2]),
+            None if slopes is None else slopes.float().contiguous(),
+            _args.contiguous(cu_q), _args.contiguous(cu_k), *options,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise refusal(error) from None
 
 
 class _FlashAttention(torch.autograd.Function):
