@@ -1,4 +1,4 @@
-"""QuantizedTensor: a weight matrix of 4-bit or 8-bit codes with a scale per group of columns. A leaf: only torch.
+"""QuantizedTensor: a weight matrix of 4-bit or 8-bit codes with a scale per group of columns.
 
 A row of 4-bit codes, two to a byte, the even column in the low nibble; a group is `group_size` columns:
 

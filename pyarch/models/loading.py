@@ -176,7 +176,7 @@ def _count(values: Mapping[str, Any], key: str, default: int | None = None) -> i
         value = default
     least = 0 if default == 0 else 1
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 24:
-        raise ValueError(f"{key}: must be an integer from {least} to {1 << 24}, not {value!r}")
+        raise ValueError(f"{key}: must be an integer from {least} to {(1 << 24) - 1}, not {value!r}")
     return value
 
 
