@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import FileError, fill, parse_json, read_json, regular_file, reopened, stamp
+from . import FileError, Tensors, fill, parse_json, read_json, regular_file, reopened, stamp
 
 MAX_HEADER = 16 << 20
 MAX_CONFIG = 4 << 20
@@ -147,20 +147,10 @@ def _numbers(path: Path, name: str, entry: dict, what: str) -> list[int]:
     return value
 
 
-class _Tensors(Mapping):
-    """Tensors by name. Each access opens the file and reads that tensor; nothing is kept."""
-
+class _Tensors(Tensors):
     def __init__(self, infos: dict[str, TensorInfo], stamps: dict[str, tuple]) -> None:
-        self._infos, self._stamps = infos, stamps
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._infos
+        super().__init__(infos)
+        self._stamps = stamps
 
     def __getitem__(self, name: str) -> torch.Tensor:
         info = self._infos[name]

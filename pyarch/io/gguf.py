@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from ..quantized import QuantizedTensor
-from . import FileError, fill, regular_file, reopened, require, stamp
+from . import FileError, Tensors, fill, regular_file, reopened, require, stamp
 
 MAX_RANK = 4
 MAX_DEPTH = 4  # arrays in arrays
@@ -205,20 +205,10 @@ class _Header:
         return infos
 
 
-class _Tensors(Mapping):
-    """Tensors by name. Each access opens the file and reads that tensor; nothing is kept."""
-
+class _Tensors(Tensors):
     def __init__(self, path: str, known: tuple, infos: dict[str, TensorInfo]) -> None:
-        self._path, self._known, self._infos = path, known, infos
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._infos
+        super().__init__(infos)
+        self._path, self._known = path, known
 
     def __getitem__(self, name: str) -> torch.Tensor | QuantizedTensor:
         info = self._infos[name]
@@ -292,9 +282,8 @@ def _alternate(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray:
 def _pairs(q: np.ndarray, half: int) -> np.ndarray:
     """Codes two to a byte, neighbours together, the even one low; from `half` bytes at a time that hold one element in
     their low nibbles and the element `half` places on in their high ones."""
-    two = q.reshape(-1).view(
-        "<u2"
-    )  # bits 0..3 and 8..11 are neighbours of the first half, 4..7 and 12..15 of the second
+    # Of two bytes, bits 0..3 and 8..11 are neighbours of the first half, 4..7 and 12..15 of the second.
+    two = q.reshape(-1).view("<u2")
     first, second = (two & 0x0F) | (two >> 4 & 0xF0), (two >> 4 & 0x0F) | (two >> 8 & 0xF0)
     return _alternate(first.astype(np.uint8), second.astype(np.uint8), half // 2)
 
