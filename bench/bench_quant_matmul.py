@@ -12,7 +12,7 @@ import torch
 import pyarch
 from pyarch.ops.quant_matmul import CASES, bytes_moved, flops
 
-from ._contest import Entry, contest, rotate
+from ._contest import PAST_CACHE, Entry, contest, rotate
 
 DECODE = {name: case for name, case in CASES.items() if case["m"] == 1 and case["group_size"] == 128}
 BATCH = {name: case for name, case in CASES.items() if case["m"] > 1}
@@ -43,7 +43,7 @@ def _dynamic_int8(case: dict, engine: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # quantized dtypes are deprecated; the linear is what torch has
         q = torch.quantize_per_channel(w, torch.full((case["n"],), 0.02), torch.zeros(case["n"]).long(), 0, torch.qint8)
-        copies = -(-(160 << 20) // w.numel())
+        copies = -(-PAST_CACHE // w.numel())
         turns = itertools.cycle([torch.ops.quantized.linear_prepack(q, None) for _ in range(copies)])
     return lambda: torch.ops.quantized.linear_dynamic(x, next(turns), False)
 

@@ -43,7 +43,6 @@ nested = st.lists(st.lists(texts, min_size=1), max_size=3)
     shapes=st.dictionaries(texts, st.lists(st.integers(1, 4), max_size=4), max_size=4),
 )
 def test_what_is_written_is_what_is_read(tmp_path_factory, metadata, shapes):
-    sys.path.insert(0, str(fuzzer.parent))
     import fuzz_io
 
     metadata.pop("general.alignment", None)

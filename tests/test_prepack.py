@@ -10,12 +10,12 @@ from torch.utils import _pytree
 
 import pyarch
 from pyarch import nn
-from pyarch.quantized import PackedTensor, QuantizedTensor, quantize
+from pyarch.quantized import TENSORS, PackedTensor, QuantizedTensor, quantize
 
 
 def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     """Whether two weights have the same tensors, dtypes and sizes."""
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("q", "scale", "zero", "offset", "g_idx")]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in TENSORS]
     equal = (x is y if x is None else x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
     return all(equal) and (a.shape, a.group_size) == (b.shape, b.group_size)
 
