@@ -108,6 +108,8 @@ def define(name: str, schema: str, fake: Callable, triton: str | None = None) ->
 
 
 _LIBRARY.define("poison_memory(bool on) -> ()")
+_LIBRARY.define("keep_decoder_blocks(Tensor?[] tensors, int[] sizes, float[] numbers) -> int")
+_LIBRARY.define("drop_decoder_blocks(int layers) -> ()")
 
 
 def poison(on: bool) -> None:
@@ -131,17 +133,23 @@ def refusal(error: RuntimeError) -> Exception:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the pyarch operators that run inside, with their arguments."""
+    """Notes the operators that run inside: calls of pyarch's, with their arguments, results of these, and others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple]] = []
+        self.results: list[Any] = []
+        self.others: set[Any] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch's own switch; else the first call imports its compiler: 140 MB, 2 s
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         if func.namespace == "pyarch":
             self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
+            self.results.append(result)
+        else:
+            self.others.add(func)
+        return result

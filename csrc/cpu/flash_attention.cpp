@@ -81,7 +81,7 @@ void run(const Call<T>& call, const std::vector<Sequence>& sequences, int64_t kv
   }
   // Few tiles go to as many tasks; of many, some share the packing of keys and values. Both give the same
   // bits.
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = thread_count();
   const int64_t step = std::clamp<int64_t>(tiles / (4 * threads), 1, Work::kTiles) * kRows;
   std::vector<Piece> pieces;
   for (size_t n = 0; n < sequences.size(); ++n)

@@ -61,7 +61,7 @@ void attend_round(const PagedAttention& a, const std::vector<Work>& round, int64
   struct Parts;
   float* parts = scratch<Parts, float>(floats);
   const int64_t bytes = 2 * positions * a.k.heads * a.k.dim * sizeof(T);
-  const int64_t threads = bytes < kSerialBytes ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = bytes < kSerialBytes ? 1 : thread_count();
   // Heads of a split are read together, as they lie in memory, unless there are too few splits to share out.
   const int64_t ranges =
       threads == 1 ? 1 : std::min(a.k.heads, std::max<int64_t>(1, 4 * threads / all_splits));

@@ -265,7 +265,7 @@ void run(const Call& call) {
   const int64_t stride = packed_bytes<Dot>(plan);
   const int64_t panels = (call.w.n + kPanel - 1) / kPanel;
   // Panels to a task: kFetch bytes of codes, but two tasks for every thread unless they would be tiny.
-  const int64_t fair = panels / (2 * std::max<int64_t>(torch::stable::get_num_threads(), 1));
+  const int64_t fair = panels / (2 * std::max<int64_t>(thread_count(), 1));
   const int64_t least = kTask / std::max<int64_t>(kPanel * call.w.k * std::min(call.m, kRows), 1);
   const int64_t group = std::max<int64_t>(
       {1, least, std::min(fair, kFetch / std::max<int64_t>(kPanel * call.w.codes.row_bytes, 1))});

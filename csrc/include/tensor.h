@@ -1,9 +1,8 @@
-// What every CPU operator needs of torch: checks with a clean message, allocation, threads, scratch.
+// What every CPU operator needs of torch: checks with a clean message, allocation, scratch; and threads.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -18,6 +17,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "threads.h"
 
 namespace pyarch {
 
@@ -57,23 +58,6 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   if (__builtin_expect(poison_memory.load(std::memory_order_relaxed), 0) && made.numel() > 0)
     std::memset(made.data_ptr(), 0xff, static_cast<size_t>(made.numel() * made.element_size()));
   return made;
-}
-
-// f(i) for every i in [0, tasks), handed out one by one to torch's threads, so that a slow core takes fewer.
-// What a task computes must not depend on which thread runs it: results are the same for any thread count.
-template <class F>
-inline void parallel_tasks(int64_t tasks, const F& f) {
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) f(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < tasks;
-         i = next.fetch_add(1, std::memory_order_relaxed))
-      f(i);
-  });
 }
 
 // Memory that one thread keeps between calls, 64-byte aligned, uninitialised by every call. `Tag` names the

@@ -82,7 +82,7 @@ def operators(model: Llama, prompt: list[int]) -> dict[str, str]:
     with Operators() as seen:
         list(generate(model, prompt[-1:], max_tokens=1))
     backends = dict(operator.name().removeprefix("pyarch::").rsplit("__", 1) for operator, _ in seen.calls)
-    if whole := backends.pop("decoder_block", None):
+    if whole := backends.pop("decoder_blocks", None):
         backends |= dict.fromkeys(DecoderBlock.OPS, whole)
     return dict(sorted(backends.items()))
 

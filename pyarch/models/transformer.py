@@ -80,18 +80,17 @@ class Llama(nn.Module):
         self.embed: nn.Embedding | nn.QuantizedEmbedding = nn.Embedding(c.vocab_size, c.hidden_size)
         self.rope = nn.RotaryEmbedding(c.head_dim, theta=c.rope_theta, factors=c.rope_factors,
                                        max_positions=c.max_positions, interleaved=c.rope_interleaved)  # fmt: skip
-        self.layers = nn.ModuleList(block(c) for _ in range(c.num_layers))
+        self.layers = nn.DecoderBlocks(block(c) for _ in range(c.num_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.norm_eps)
         self.head: nn.Module = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor, batch: nn.PagedBatch | None = None) -> torch.Tensor:
-        x, residual = self.embed(tokens), None
-        for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, self.rope, batch, i)
-        x = x if residual is None else x + residual
-        return self.head(self.norm(x if batch is None or batch.last is None else x[batch.last]))
+        x, residual = self.layers(self.embed(tokens), self.rope, batch)
+        if batch is not None and batch.last is not None:
+            x, residual = x[batch.last], None if residual is None else residual[batch.last]
+        return self.head(self.norm(x) if residual is None else self.norm(x, residual)[0])
 
     def cache(self, num_pages: int, page_size: int = 16) -> nn.PagedKVCache:
         """An empty cache of num_pages * page_size tokens for this model, on its device and in its dtype."""

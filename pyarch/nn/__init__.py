@@ -8,6 +8,7 @@ from .attention import Attention as Attention
 from .attention import PagedBatch as PagedBatch
 from .attention import PagedKVCache as PagedKVCache
 from .block import DecoderBlock as DecoderBlock
+from .block import DecoderBlocks as DecoderBlocks
 from .embedding import Embedding as Embedding
 from .embedding import QuantizedEmbedding as QuantizedEmbedding
 from .linear import Linear as Linear

@@ -1,11 +1,16 @@
-"""A decoder layer, and its short way: the operators that its checked call made, in one call without the checks."""
+"""The layers of a decoder, and their short way: the operators that their checked calls made, in one call."""
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from ..dispatch import forced
 from ..native import Recorder, define, operator
@@ -19,18 +24,19 @@ _OPS = ("rms_norm", "quant_matmul", "rotary_append", "paged_attention", "quant_m
 _STEPS = [operator(name, "cpu") for name in _OPS]
 
 
-def _fake(x, residual, *_):
+def _fake(x, *_):
     return torch.empty_like(x), torch.empty_like(x)
 
 
 define(
-    "decoder_block",
+    "decoder_blocks",
     "(Tensor x, Tensor? residual, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, bool interleaved,"
-    " Tensor?[] tensors, int[] sizes, float[] numbers) -> (Tensor, Tensor)",
+    " Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, bool interleaved, int layers,"
+    " int first) -> (Tensor, Tensor)",
     _fake,
 )
-_block = operator("decoder_block", "cpu")
+_blocks = operator("decoder_blocks", "cpu")
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.flatten.using_ints}
 _SETTINGS = ("act_bits", "eps", "window", "num_heads", "num_kv_heads", "head_dim", "forward")
 _GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
@@ -42,78 +48,143 @@ class DecoderBlock(torch.nn.Module):
     residual  like x, or None in the first layer
     batch     None: x (B, S, hidden_size) are whole sequences. A PagedBatch: x (T, hidden_size) are its new tokens,
               whose keys and values go to layer `layer` of its cache
-
-    Public functions check their arguments and choose a backend in every call, which for one token costs more than the
-    small ops do. So the first cached call notes which operators it made; where they are the nine CPU operators of
-    quantised projections, the next calls make the same ones in one (csrc/cpu/decoder_block.cpp), as long as nothing
-    that decided it has changed: dtype, `use_backend`, the modules, their tensors, settings and hooks, no autograd, no
-    compiler. CPU operators recheck all that memory safety needs.
     """
 
-    OPS = frozenset(_OPS)  # what the operator decoder_block consists of
+    OPS = frozenset(_OPS)  # what the operator decoder_blocks consists of
 
     def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: SwiGLU) -> None:
         super().__init__()
         self.attention_norm, self.attention, self.mlp_norm, self.mlp = attention_norm, attention, mlp_norm, mlp
-        self._short: _ShortWay | None = None
-        self._tried: tuple | None = None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, rope: RotaryEmbedding,
                 batch: PagedBatch | None = None, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        if batch is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu:
-            return self._whole(x, residual, rope, batch, layer)
-        key = (x.dtype, forced())
-        short = self._short
-        if short is not None and self._tried == key and short.holds():
-            if x.ndim == 2 and x.is_contiguous() and (residual is None or residual.is_contiguous()):
-                return short(x, residual, rope, batch, layer)
-        elif short is not None or self._tried != key:
-            self._short, self._tried = None, key
-            with Recorder() as noted:
-                result = self._whole(x, residual, rope, batch, layer)
-            if [call for call, _ in noted.calls] == _STEPS:
-                self._short = _ShortWay(self, [args for _, args in noted.calls])
-            return result
-        return self._whole(x, residual, rope, batch, layer)
-
-    def _whole(self, x, residual, rope, batch, layer):
         y, residual = (self.attention_norm(x), x) if residual is None else self.attention_norm(x, residual)
         y, residual = self.mlp_norm(self.attention(y, rope, batch, layer), residual)
         return self.mlp(y), residual
 
+
+class DecoderBlocks(torch.nn.ModuleList):
+    """Blocks one after the other: forward(x, rope, batch) -> (y, residual) of the last, arguments as a block's.
+
+    Public functions check their arguments and choose a backend in every call, which for one token costs more than the
+    small ops do. So the first cached call of few tokens notes what each block did. Where that was the nine CPU
+    operators of quantised projections and nothing else, the next calls do the same in one
+    (csrc/cpu/decoder_blocks.cpp), as long as nothing that decided it has changed: dtype, `use_backend`, the modules,
+    their tensors, settings and hooks, no autograd, no compiler. CPU operators recheck all that memory safety needs.
+    """
+
+    FEW = 16  # tokens: in longer calls checks cost nothing beside the work, which then can be interrupted in between
+
+    def __init__(self, blocks: Iterable[DecoderBlock] = ()) -> None:
+        super().__init__(blocks)
+        self._short: _ShortWay | None = None
+
+    def forward(self, x: torch.Tensor, rope: RotaryEmbedding, batch: PagedBatch | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        if batch is not None and len(x) <= self.FEW and x.is_cpu and x.ndim == 2 and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # fmt: skip
+            key = (x.dtype, forced())
+            if self._short is None or not self._short.holds(key):
+                return self._learn(key, x, rope, batch)
+            if not self._short.hooked():
+                return self._short(x.contiguous(), rope, batch)
+        residual = None
+        for i, block in enumerate(self):
+            x, residual = block(x, residual, rope, batch, i)
+        return x, residual
+
+    def _learn(self, key, x, rope, batch):
+        residual, noted = None, []
+        rope.tables(batch.length, x.device)  # makes what is missing, which is no part of a block
+        for i, block in enumerate(self):
+            inputs = x, residual
+            with Recorder() as seen:
+                x, residual = block(x, residual, rope, batch, i)
+            noted.append(_constants(seen, inputs, (x, residual)))
+        self._short = _ShortWay(key, self, noted)
+        return x, residual
+
     def __getstate__(self):
-        return {**self.__dict__, "_short": None, "_tried": None}
+        return {**self.__dict__, "_short": None}
+
+
+def _constants(seen: Recorder, inputs: tuple, outputs: tuple) -> tuple[list, list, list] | None:
+    """What a block's operators get besides activations, the cache and positions, in the order that
+    csrc/cpu/decoder_blocks.cpp names; None if the block did anything but pass results through the nine."""
+    if [call for call, _ in seen.calls] != _STEPS or not seen.others <= _VIEWS:
+        return None
+    norm, qkv, rotary, attend, out, mlp_norm, gate_up, swiglu, down = (args for _, args in seen.calls)
+    normed, qkv_y, q, attended, out_y, mlp_normed, gate_up_y, activated, y = seen.results
+    passed = [
+        (norm[0], inputs[0]), (norm[2], inputs[1]), (qkv[0], normed[0]), (rotary[0], qkv_y), (attend[0], q),
+        (out[0], attended[0]), (mlp_norm[0], out_y), (mlp_norm[2], inputs[0] if inputs[1] is None else normed[1]),
+        (gate_up[0], mlp_normed[0]), (swiglu[0], gate_up_y), (down[0], activated), (outputs[0], y),
+        (outputs[1], mlp_normed[1]),
+    ]  # fmt: skip
+    if not all(a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr()) for a, b in passed):
+        return None
+    matmuls = [args[1:] for args in (qkv, out, gate_up, down)]
+    (*head_norms, num_heads), head_eps = rotary[7:10], rotary[11]
+    causal, left, right, softcap, scale = attend[7:]
+    return (
+        [norm[1], mlp_norm[1], *head_norms, *(t for args in matmuls for t in args[:6])],
+        [num_heads, int(causal), left, right, *(n for args in matmuls for n in args[6:10])],
+        [norm[3], mlp_norm[3], head_eps, softcap, scale, *(args[10] for args in matmuls)],
+    )
 
 
 class _ShortWay:
-    """The nine operators with the arguments that stay, and all that must be as it was for them to be right."""
+    """Runs of blocks in one call each, and all that must be as it was for that to be right."""
 
-    def __init__(self, block: DecoderBlock, calls: list[tuple]) -> None:
-        norm, qkv, rotary, attend, out, mlp_norm, gate_up, _, down = calls
-        matmuls = [args[1:] for args in (qkv, out, gate_up, down)]
-        (*head_norms, num_heads), head_eps = rotary[7:10], rotary[11]
-        causal, left, right, softcap, scale = attend[7:]
-        # In the order that csrc/cpu/decoder_block.cpp names.
-        self.tensors = [norm[1], mlp_norm[1], *head_norms, *(t for args in matmuls for t in args[:6])]
-        self.sizes = [num_heads, int(causal), left, right, *(n for args in matmuls for n in args[6:10])]
-        self.numbers = [norm[3], mlp_norm[3], head_eps, softcap, scale, *(args[10] for args in matmuls)]
-        self.kept: list[tuple[dict, str, Any]] = []
+    def __init__(self, key: tuple, blocks: DecoderBlocks, noted: list[tuple[list, list, list] | None]) -> None:
+        self.key, self.blocks = key, list(blocks)
+        # (first block, number of its run in the library) or (block, None)
+        self.runs: list[tuple[int, int | None]] = []
+        i = 0
+        while i < len(noted):
+            run = list(itertools.takewhile(lambda block: block is not None, noted[i:]))
+            kept = None
+            if run:
+                tensors, sizes, numbers = ([v for block in run if block for v in block[part]] for part in range(3))
+                kept = torch.ops.pyarch.keep_decoder_blocks(tensors, sizes, numbers)
+                weakref.finalize(self, torch.ops.pyarch.drop_decoder_blocks, kept).atexit = False
+            self.runs.append((i, kept))
+            i += max(len(run), 1)
+        places: list[tuple[dict, str, Any]] = [
+            (blocks._modules, name, block) for name, block in blocks._modules.items()
+        ]
         self.hooks = list(_GLOBAL_HOOKS)
-        for module in block.modules():
+        for module in (m for block, lists in zip(blocks, noted, strict=True) if lists for m in block.modules()):
             for values in (module._parameters, module._buffers, module._modules):
-                self.kept += [(values, name, value) for name, value in values.items()]
-            if module is not block:
-                self.kept += [(module.__dict__, name, module.__dict__.get(name)) for name in _SETTINGS]
-                self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+                places += [(values, name, value) for name, value in values.items()]
+            places += [
+                (module.__dict__, name, module.__dict__.get(name)) for name in _SETTINGS if hasattr(module, name)
+            ]
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self.dicts, self.names, self.values = zip(*places, strict=True)
+        self.no_hooks_at: int | None = None
 
-    def holds(self) -> bool:
-        for values, name, value in self.kept:
-            if values.get(name) is not value:
-                return False
-        return not any(self.hooks)
+    def holds(self, key: tuple) -> bool:
+        return key == self.key and all(map(is_, map(dict.get, self.dicts, self.names), self.values))
 
-    def __call__(self, x, residual, rope, batch, layer):
+    def hooked(self) -> bool:
+        if self.no_hooks_at == RemovableHandle.next_id:  # which every new hook counts up
+            return False
+        if any(self.hooks):
+            return True
+        self.no_hooks_at = RemovableHandle.next_id
+        return False
+
+    def __call__(self, x: torch.Tensor, rope: RotaryEmbedding, batch: PagedBatch):
+        residual = None
         cos, sin = rope.tables(batch.length, x.device)
-        return _block(x, residual, cos, sin, batch.positions, batch.cache.k[layer], batch.cache.v[layer], batch.slots,
-                      batch.block_table, batch.seq_lens, batch.cu_seqlens, rope.interleaved, self.tensors, self.sizes,
-                      self.numbers)  # fmt: skip
+        for first, kept in self.runs:
+            if kept is None:
+                x, residual = self.blocks[first](x, residual, rope, batch, first)
+            else:
+                x, residual = _blocks(
+                    x, residual, cos, sin, batch.positions, batch.cache.layers_k, batch.cache.layers_v, batch.slots,
+                    batch.block_table, batch.seq_lens, batch.cu_seqlens, rope.interleaved, kept, first,
+                )  # fmt: skip
+        return x, residual

@@ -27,7 +27,8 @@ class CacheSequence:
 class PagedKVCache:
     """Keys and values of many sequences in fixed-size pages; forks share pages until one of them writes.
 
-    k, v: one tensor per layer, (num_pages, page_size, num_kv_heads, head_dim), not initialised.
+    k, v: one tensor per layer, (num_pages, page_size, num_kv_heads, head_dim), not initialised; layers_k and layers_v
+    are all layers in one, (num_layers, num_pages, page_size, num_kv_heads, head_dim).
     Arguments are counts of at least 1; dtype float32, bfloat16 or float16. Raises TypeError or ValueError naming the
     argument. Not safe for use by several threads at a time.
     """
@@ -51,10 +52,10 @@ class PagedKVCache:
         if dtype not in _args.FLOATS:
             raise TypeError(f"dtype: must be {' or '.join(map(str, _args.FLOATS))}, not {dtype}")
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        self._k = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
-        self._v = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
-        self.k: tuple[torch.Tensor, ...] = self._k.unbind()
-        self.v: tuple[torch.Tensor, ...] = self._v.unbind()
+        self.layers_k = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
+        self.layers_v = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
+        self.k: tuple[torch.Tensor, ...] = self.layers_k.unbind()
+        self.v: tuple[torch.Tensor, ...] = self.layers_v.unbind()
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is taken first
         self._owners = [0] * num_pages  # sequences that hold a page
@@ -105,7 +106,7 @@ class PagedKVCache:
             for position in range(s._length, end):
                 slots.append(s._pages[position // self.page_size] * self.page_size + position % self.page_size)
             s._length = end
-        return torch.tensor(slots, dtype=torch.int64, device=self._k.device)
+        return torch.tensor(slots, dtype=torch.int64, device=self.layers_k.device)
 
     def fork(self, sequence: CacheSequence) -> CacheSequence:
         """A new sequence with the same tokens. Pages are shared; the last one is copied when either appends to it."""
@@ -131,11 +132,11 @@ class PagedKVCache:
         held = self._check(sequences)
         width = max((len(s._pages) for s in held), default=0)
         rows = [s._pages + [-1] * (width - len(s._pages)) for s in held]
-        return torch.tensor(rows, dtype=torch.int32, device=self._k.device).view(len(held), width)
+        return torch.tensor(rows, dtype=torch.int32, device=self.layers_k.device).view(len(held), width)
 
     def seq_lens(self, sequences: Sequence[CacheSequence]) -> torch.Tensor:
         """int32 (B): the number of tokens of each sequence."""
-        return torch.tensor([s._length for s in self._check(sequences)], dtype=torch.int32, device=self._k.device)
+        return torch.tensor([s._length for s in self._check(sequences)], dtype=torch.int32, device=self.layers_k.device)
 
     def _check(self, sequences: Iterable[CacheSequence]) -> list[CacheSequence]:
         held = list(sequences)
@@ -155,7 +156,7 @@ class PagedKVCache:
         """Copy on write: replaces a shared last page by a copy of its used slots."""
         old, used = s._pages[-1], s._length % self.page_size
         new = self._take()
-        for cache in (self._k, self._v):
+        for cache in (self.layers_k, self.layers_v):
             cache[:, new, :used].copy_(cache[:, old, :used])
         self._owners[old] -= 1
         s._pages[-1] = new
