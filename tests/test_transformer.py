@@ -124,6 +124,8 @@ class TestCache:
             tiny.extend(cache, [sequence], [[1, 2, 3]])
             with pytest.raises(ValueError, match=names):
                 tiny.extend(cache, [sequence], tokens)
+            with pytest.raises(ValueError, match="tokens"):
+                tiny.extend(cache, [], [])
         assert cache.seq_lens([sequence]).tolist() == [3]
 
     def test_out_of_pages_changes_nothing(self, tiny):

@@ -104,8 +104,8 @@ class Llama(nn.Module):
         cache is one of `self.cache`; sequences are handles of its `allocate`. Raises ValueError naming the argument,
         before anything is changed, for no tokens, ids outside the vocabulary, or more tokens than the model's context.
         """
-        if len(tokens) != len(sequences) or not all(len(t) for t in tokens):
-            raise ValueError("tokens: must be at least one token for each of sequences")
+        if not tokens or len(tokens) != len(sequences) or not all(len(t) for t in tokens):
+            raise ValueError("tokens: must be at least one token for each of one or more sequences")
         flat = [int(t) for row in tokens for t in row]
         if min(flat) < 0 or max(flat) >= self.config.vocab_size:
             raise ValueError(f"tokens: ids must be in [0, {self.config.vocab_size}), not {min(flat)} to {max(flat)}")
