@@ -20,6 +20,7 @@ namespace pyarch {
 namespace {
 
 constexpr int64_t kBlockSteps = 128;   // of a block: 16 KiB of operands, up to 32 KiB of codes
+constexpr int64_t kShortSteps = 8;     // a group of up to so many has a tile of its own
 constexpr int64_t kRows = 192;         // rows of x to a task, whole tiles: 48 KiB of sums
 constexpr int64_t kPacked = 8 << 20;   // bytes of packed activations at a time
 constexpr int64_t kFetch = 128 << 10;  // bytes of codes read in order before they are used
@@ -101,6 +102,31 @@ void expand_scaled(const Weight& w, const I* raw, int64_t column, int64_t column
   }
 }
 
+// Outputs of a panel: act(sums + bias), for rows [row, row + rows) of x. Row by row, because the addresses of
+// one column often fall into the same sets of a cache.
+template <class T>
+void finish(const Call& call, const F* bias, const float* sums, int64_t row, int64_t rows, int64_t column) {
+  const int64_t left = std::min<int64_t>(call.w.n - column, kPanel);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* y = static_cast<T*>(call.y) + (row + r) * call.w.n + column;
+    for (int64_t c = 0; c < left; c += W) {
+      const F value = activate(call.activation, call.slope, load(sums + r * kPanel + c) + bias[c / W]);
+      left - c >= W ? store(y + c, value) : store(y + c, value, static_cast<int>(left - c));
+    }
+  }
+}
+
+inline void load_bias(const Call& call, int64_t column, F* bias) {
+  for (int v = 0; v < kVectors; ++v) bias[v] = zero();
+  if (!call.bias) return;
+  with_float_type(call.bias_type, "bias", [&](auto tag) {
+    const auto* from = static_cast<const decltype(tag)*>(call.bias) + column;
+    const int64_t left = std::min<int64_t>(call.w.n - column, kPanel);
+    for (int64_t c = 0; c < left; c += W)
+      bias[c / W] = load(from + c, static_cast<int>(std::min<int64_t>(W, left - c)));
+  });
+}
+
 // What the tiles of some vectors of a panel have in common: a block of its codes, and the rows of x.
 struct Work {
   const I* codes;
@@ -116,10 +142,10 @@ struct Work {
   float* sums;
 };
 
-// Tiles for m rows. The first ones fetch the next codes between them, evenly, so that memory is never idle
-// for long.
-template <class Dot, int rows, int vectors, bool raw>
-void tiles(int64_t m, const Work& work) {
+// Tiles for m rows, with after(first row, rows) at the end of each. The first ones fetch the next codes
+// between them, evenly, so that memory is never idle for long.
+template <class Dot, int rows, int vectors, bool raw, class Function>
+void tiles(int64_t m, const Work& work, const Function& after) {
   const int64_t share = m >= 4 * rows ? 4 : m >= 2 * rows ? 2 : 1;
   for (int64_t done = 0, i = 0; done < m; done += rows, ++i)
     with_count<rows>(std::min<int64_t>(rows, m - done), [&](auto count) {
@@ -129,25 +155,8 @@ void tiles(int64_t m, const Work& work) {
           work.x_sums + done * work.sums_stride + work.first * n, work.scale, work.offset,
           i < share && work.next ? work.next + i * work.next_bytes / share : nullptr,
           kFetched<Dot, raw> / share, work.sums + done * kPanel);
+      after(done, n);
     });
-}
-
-template <class T>
-void finish(const Call& call, const float* sums, int64_t row, int64_t rows, int64_t column) {
-  const int64_t n = call.w.n;
-  for (int64_t v = 0; v < kVectors && column + v * W < n; ++v) {
-    const int64_t c = column + v * W;
-    const int left = static_cast<int>(std::min<int64_t>(W, n - c));
-    F bias = zero();
-    if (call.bias)
-      with_float_type(call.bias_type, "bias",
-                      [&](auto tag) { bias = load(static_cast<const decltype(tag)*>(call.bias) + c, left); });
-    for (int64_t r = 0; r < rows; ++r) {
-      T* y = static_cast<T*>(call.y) + (row + r) * n + c;
-      const F value = activate(call.activation, call.slope, load(sums + r * kPanel + v * W) + bias);
-      left == W ? store(y, value) : store(y, value, left);
-    }
-  }
 }
 
 // Scales and offsets of a panel, [group][kVectors] each.
@@ -183,6 +192,14 @@ void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSu
   const bool whole = contiguous_groups<Dot>(w), raw = whole && rows <= kRawRows;
   const bool once =
       raw && w.packed && rows <= kTileRows;  // one tile reads the codes: no block need stay in L1
+  F bias[kVectors];
+  load_bias(call, column, bias);
+  if (plan.count == 0) return finish<T>(call, bias, sums, row, rows, column);
+  // Blocks of about equal length: a short last one would load and store sums for little.
+  const int64_t most = kBlockSteps * Dot::columns, blocks = (plan.padded + most - 1) / most;
+  const int64_t block = std::min(most, plan.padded / blocks + plan.segments->columns);
+  // Short groups: tiles of fewer vectors, which keep the fp32 sums in registers too while groups end.
+  const bool narrow = rows >= kTileRows && plan.segments->columns <= kShortSteps * Dot::columns;
   Work work{};
   work.segments = plan.segments;
   work.x = x, work.x_stride = packed_bytes<Dot>(plan) / 4, work.x_sums = x_sums,
@@ -191,21 +208,24 @@ void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSu
     const Segment *segment = plan.segments + work.first, *last = plan.segments + plan.count;
     const int64_t begin = segment->column;
     int64_t end = begin;
-    while (segment < last &&
-           (once || segment->column + segment->columns - begin <= kBlockSteps * Dot::columns))
+    while (segment < last && (once || segment->column + segment->columns - begin <= block))
       end = segment->column + segment->columns, ++segment;
     work.count = segment - plan.segments - work.first;
     const I* codes = raw_codes<bits>(w, column, begin, end, used, scratch_codes);
     const int64_t bytes = (end - begin) * bits * kPanel / 8;
     const char* ahead = w.packed ? reinterpret_cast<const char*>(codes) + (once ? kAhead : bytes) : nullptr;
     for (int v = 0, step; v < used; v += step) {
-      step = raw && used - v >= kRawVectors ? kRawVectors : kTileVectors;
+      step = raw && !narrow && used - v >= kRawVectors ? kRawVectors : kTileVectors;
+      const bool complete = work.first + work.count == plan.count && v + step >= used;
+      const auto after = [&](int64_t first, int64_t count) {
+        if (complete) finish<T>(call, bias, sums + first * kPanel, row + first, count, column);
+      };
       work.sums = sums + v * W;
       work.scale = whole ? scale + v : ones, work.offset = whole && offset ? offset + v : nullptr;
       if (raw) {
         work.codes = codes + v, work.next = v == 0 ? ahead : nullptr, work.next_bytes = bytes;
-        step == kRawVectors ? tiles<Dot, kTileRows, kRawVectors, true>(rows, work)
-                            : tiles<Dot, kTileRows, kTileVectors, true>(rows, work);
+        step == kRawVectors ? tiles<Dot, kTileRows, kRawVectors, true>(rows, work, after)
+                            : tiles<Dot, kTileRows, kTileVectors, true>(rows, work, after);
         continue;
       }
       work.codes = operands;
@@ -217,10 +237,9 @@ void panel(const Call& call, const Plan& plan, const int32_t* x, const SegmentSu
         expand_scaled<bits>(w, codes + v, begin, end - begin, scale + v, offset ? offset + v : nullptr,
                             operands);
       }
-      tiles<Dot, kTileRows, kTileVectors, false>(rows, work);
+      tiles<Dot, kTileRows, kTileVectors, false>(rows, work, after);
     }
   }
-  finish<T>(call, sums, row, rows, column);
 }
 
 template <class Dot, class T>
