@@ -67,6 +67,7 @@ def no_grad():
         yield
 
 
+@pytest.mark.forward
 @pytest.mark.usefixtures("no_grad")
 class TestShortWay:
     """After their first cached call blocks make the same operator calls in one."""
@@ -212,9 +213,31 @@ class TestShortWay:
             lambda block: block.attention.out.register_forward_hook(lambda module, args, out: 2 * out),
         ]
         for change in changes:
-            steps = Steps()
-            change(steps.block)
+            steps, learnt = Steps(), Steps()
+            learnt.step()
+            for each in (steps, learnt):
+                change(each.block)
+                each.step()
             assert steps.agrees([*_CHECKED, "decoder_blocks"])
+            hooked = [*_CHECKED, *_CHECKED]  # as it learnt when there was no hook
+            assert learnt.agrees(hooked if learnt.block.attention.out._forward_hooks else [*_CHECKED, "decoder_blocks"])
+
+    def test_a_switch_in_a_foreign_module(self):
+        class Switched(torch.nn.Module):
+            on = False
+
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x):
+                return self.inner(x) + x if self.on else self.inner(x)
+
+        steps = Steps()
+        steps.block.mlp = Switched(steps.block.mlp)
+        assert steps.agrees([*_CHECKED, "decoder_blocks"])
+        steps.block.mlp.on = True
+        assert steps.agrees([*_CHECKED, "decoder_blocks"])
 
     def test_layouts_gradients_and_long_calls(self):
         steps = Steps()

@@ -110,7 +110,7 @@ class Llama(nn.Module):
         if min(flat) < 0 or max(flat) >= self.config.vocab_size:
             raise ValueError(f"tokens: ids must be in [0, {self.config.vocab_size}), not {min(flat)} to {max(flat)}")
         counts = [len(t) for t in tokens]
-        before = cache.seq_lens(sequences).tolist()
+        before = cache.lengths(sequences)
         self.rope.tables(max(n + m for n, m in zip(before, counts, strict=True)), self.device)
         batch = nn.PagedBatch.append(cache, sequences, counts)
         return self(torch.tensor(flat, device=self.device), batch)

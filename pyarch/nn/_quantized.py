@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..quantized import TENSORS, PackedTensor, QuantizedTensor
+from ._watched import Watched
 
 
-class QuantizedModule(torch.nn.Module):
+class QuantizedModule(Watched):
     """Holds a QuantizedTensor as buffers: they move between devices and are saved, and no `.to(dtype)` casts them.
 
     After `prepack()`, or made from a PackedTensor, it holds the packed form instead, which CPU kernels read faster.

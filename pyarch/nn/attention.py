@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..ops import PagedKVCache, flash_attention, paged_attention, rms_norm, rotary_append
+from ._watched import Watched
 from .linear import Linear
 from .rotary import RotaryEmbedding
 
@@ -39,20 +40,19 @@ class PagedBatch:
     def append(cls, cache: PagedKVCache, sequences: Sequence, counts: Sequence[int]) -> PagedBatch:
         """Reserves counts[i] new tokens in sequences[i]. Raises what PagedKVCache.append raises."""
         slots = cache.append(sequences, counts)
-        lengths = cache.seq_lens(sequences)
-        device, ends = slots.device, lengths.tolist()
+        device, ends = slots.device, cache.lengths(sequences)
         cu_seqlens = last = None
         if all(n == 1 for n in counts):
-            positions = (lengths - 1).long()
+            positions = torch.tensor([e - 1 for e in ends], dtype=torch.int64, device=device)
         else:
             positions = torch.cat([torch.arange(e - n, e) for e, n in zip(ends, counts, strict=True)]).to(device)
             starts = torch.tensor([0, *counts], dtype=torch.int64).cumsum(0)
             cu_seqlens, last = starts.int().to(device), (starts[1:] - 1).to(device)
-        table = cache.block_table(sequences)
+        table, lengths = cache.block_table(sequences), cache.seq_lens(sequences)
         return cls(cache, positions, slots, table, lengths, cu_seqlens, last, max(ends, default=0))
 
 
-class Attention(torch.nn.Module):
+class Attention(Watched):
     """softmax(q k^T / sqrt(head_dim)) v with rotary positions, causal; num_heads query heads share num_kv_heads.
 
     qkv       one projection to (num_heads + 2 num_kv_heads) * head_dim columns: queries, keys, values

@@ -14,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..dispatch import forced
 from ..native import Recorder, define, operator
+from ._watched import Watched
 from .attention import Attention, PagedBatch
+from .linear import QuantizedLinear
 from .mlp import SwiGLU
 from .norm import RMSNorm
 from .rotary import RotaryEmbedding
@@ -41,7 +43,7 @@ _SETTINGS = ("act_bits", "eps", "window", "num_heads", "num_kv_heads", "head_dim
 _GLOBAL_HOOKS = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
 
 
-class DecoderBlock(torch.nn.Module):
+class DecoderBlock(Watched):
     """x + attention(norm(x)), then x + mlp(norm(x)). The sum is formed inside the next norm, so a block takes and
     returns a pair: forward(x, residual, rope, batch, layer) -> (y, residual), whose sum is the layer's output.
 
@@ -101,12 +103,17 @@ class DecoderBlocks(torch.nn.ModuleList):
             inputs = x, residual
             with Recorder() as seen:
                 x, residual = block(x, residual, rope, batch, i)
-            noted.append(_constants(seen, inputs, (x, residual)))
+            noted.append(_constants(seen, inputs, (x, residual)) if _known(block.modules()) else None)
         self._short = _ShortWay(key, self, noted)
         return x, residual
 
     def __getstate__(self):
         return {**self.__dict__, "_short": None}
+
+
+def _known(modules: Iterable[torch.nn.Module]) -> bool:
+    """Whether _SETTINGS are all that their results depend on besides tensors and modules."""
+    return all(type(module) in (DecoderBlock, RMSNorm, Attention, SwiGLU, QuantizedLinear) for module in modules)
 
 
 def _constants(seen: Recorder, inputs: tuple, outputs: tuple) -> tuple[list, list, list] | None:
@@ -151,29 +158,32 @@ class _ShortWay:
                 weakref.finalize(self, torch.ops.pyarch.drop_decoder_blocks, kept).atexit = False
             self.runs.append((i, kept))
             i += max(len(run), 1)
-        places: list[tuple[dict, str, Any]] = [
-            (blocks._modules, name, block) for name, block in blocks._modules.items()
-        ]
+        held: list[tuple[dict, str, Any]] = [(blocks._modules, name, block) for name, block in blocks._modules.items()]
+        settings: list[tuple[dict, str, Any]] = []
+        self.modules = [m for block, lists in zip(blocks, noted, strict=True) if lists for m in block.modules()]
         self.hooks = list(_GLOBAL_HOOKS)
-        for module in (m for block, lists in zip(blocks, noted, strict=True) if lists for m in block.modules()):
+        for module in self.modules:
             for values in (module._parameters, module._buffers, module._modules):
-                places += [(values, name, value) for name, value in values.items()]
-            places += [
-                (module.__dict__, name, module.__dict__.get(name)) for name in _SETTINGS if hasattr(module, name)
-            ]
+                held += [(values, name, value) for name, value in values.items()]
+            settings += [(module.__dict__, name, module.__dict__.get(name)) for name in _SETTINGS]
             self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-        self.dicts, self.names, self.values = zip(*places, strict=True)
-        self.no_hooks_at: int | None = None
+        self.held, self.settings = tuple(zip(*held, strict=True)), tuple(zip(*settings, strict=True))
+        self.hooks_at = self.changes_at = -1
 
     def holds(self, key: tuple) -> bool:
-        return key == self.key and all(map(is_, map(dict.get, self.dicts, self.names), self.values))
+        if key != self.key or not _same(*self.held):
+            return False
+        if self.changes_at != Watched.changes:
+            if not _same(*self.settings) or not _known(self.modules):
+                return False
+            self.changes_at = Watched.changes
+        return True
 
     def hooked(self) -> bool:
-        if self.no_hooks_at == RemovableHandle.next_id:  # which every new hook counts up
-            return False
-        if any(self.hooks):
-            return True
-        self.no_hooks_at = RemovableHandle.next_id
+        if self.hooks_at != RemovableHandle.next_id:  # which every new hook counts up
+            if any(self.hooks):
+                return True
+            self.hooks_at = RemovableHandle.next_id
         return False
 
     def __call__(self, x: torch.Tensor, rope: RotaryEmbedding, batch: PagedBatch):
@@ -188,3 +198,8 @@ class _ShortWay:
                     batch.block_table, batch.seq_lens, batch.cu_seqlens, rope.interleaved, kept, first,
                 )  # fmt: skip
         return x, residual
+
+
+def _same(places: Iterable[dict] = (), names: Iterable[str] = (), values: Iterable = ()) -> bool:
+    """Whether places[i][names[i]] is values[i] for every i. All in C: a token pays for it."""
+    return all(map(is_, map(dict.get, places, names), values))

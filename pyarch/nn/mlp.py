@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..ops import swiglu
+from ._watched import Watched
 from .linear import Linear
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(Watched):
     """down(silu(gate(x)) * up(x)), gate and up as one projection; x (..., hidden_size) -> the same shape.
 
     Shazeer, GLU Variants Improve Transformer, 2020.

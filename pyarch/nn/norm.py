@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..ops import rms_norm
+from ._watched import Watched
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(Watched, torch.nn.RMSNorm):
     """torch.nn.RMSNorm over the last dimension, with the residual addition that precedes it in a transformer.
 
     normalized_shape  n, or (n,)

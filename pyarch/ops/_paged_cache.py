@@ -134,9 +134,13 @@ class PagedKVCache:
         rows = [s._pages + [-1] * (width - len(s._pages)) for s in held]
         return torch.tensor(rows, dtype=torch.int32, device=self.layers_k.device).view(len(held), width)
 
+    def lengths(self, sequences: Sequence[CacheSequence]) -> list[int]:
+        """The number of tokens of each sequence."""
+        return [s._length for s in self._check(sequences)]
+
     def seq_lens(self, sequences: Sequence[CacheSequence]) -> torch.Tensor:
-        """int32 (B): the number of tokens of each sequence."""
-        return torch.tensor([s._length for s in self._check(sequences)], dtype=torch.int32, device=self.layers_k.device)
+        """`lengths` as int32 (B) on the cache's device."""
+        return torch.tensor(self.lengths(sequences), dtype=torch.int32, device=self.layers_k.device)
 
     def _check(self, sequences: Iterable[CacheSequence]) -> list[CacheSequence]:
         held = list(sequences)
