@@ -15,8 +15,9 @@ What each part holds, for every backend that runs here and every dtype in its LI
                bitwise the same for any number of threads; the backend that was named is the one that ran
     gradient   gradcheck of the reference; native gradients by the same tolerance rule; a second derivative is right
                or refused, never silently wrong
-    operator   opcheck; hostile calls of the torch operator (other dtypes, ranks, sizes, numbers) raise or return, and
-               write nothing out of bounds (a crash ends the process; `make sanitize` sees bad reads too)
+    operator   opcheck; hostile calls of the torch operators, the gradient's too (other dtypes, ranks, sizes, numbers)
+               raise or return, and write nothing out of bounds (a crash ends the process; `make sanitize` sees bad
+               reads too)
     compile    torch.compile(fullgraph=True) runs the same operator and gives the same bits, once with Inductor too
     refusal    backends outside LIMITS, foreign dtypes, devices, layouts and types: an error that names the argument,
                and nothing changed
@@ -254,9 +255,15 @@ def _derivatives(suite: Suite, function: Callable, named: Named, dtype: torch.dt
 def _operator(suite: Suite, backend: str, dtype: torch.dtype) -> None:
     seen = set()
     for sample, named in suite.runnable(backend, dtype):
-        with torch.no_grad(), Operators() as ran:
-            suite.op(**Guarded(named).named, backend=backend)
-        for operator, args in ran.calls:
+        op = functools.partial(suite.op, backend=backend)
+        with Operators() as ran:
+            with torch.no_grad():
+                op(**Guarded(named).named)
+            if suite.gradients:
+                with contextlib.suppress(Exception):  # which the part "gradient" judges
+                    _gradients_of(suite, op, Guarded(named).named)
+        for operator, arguments in ran.calls:
+            args = tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, arguments)
             kind = (operator, *map(_kind, args))
             if kind in seen:
                 continue

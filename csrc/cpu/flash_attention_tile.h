@@ -89,6 +89,10 @@ struct Pair {
     return reinterpret_cast<F>(_mm512_permutexvar_epi16(
         _mm512_load_si512(kInterleave), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0]))));
   }
+  // Neighbouring lanes as words: W / 2 of them.
+  static void store_lanes(float* words, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  }
   // words[i] = (a[i], b[i]) for i < n; b may be null for zeros.
   static void interleave(const bf16* a, const bf16* b, int64_t n, float* words) {
     for (int64_t i = 0; i < n; i += W) {
@@ -102,11 +106,12 @@ struct Pair {
 };
 #endif
 
-// sum[j][r] += over k: a[k][r] * b[j * step_j + k * step_k]; a is [depth][R * W] words, b is broadcast.
+// sum[j][r] += over k: a[k][r] * b[j * step_j + k * step_k]; a is [depth][R * W] words, its rows ld apart,
+// and b is broadcast.
 template <class Dot, int R>
-__attribute__((always_inline)) inline void multiply(const float* a, const Word* b, int64_t step_j,
+__attribute__((always_inline)) inline void multiply(const float* a, int64_t ld, const Word* b, int64_t step_j,
                                                     int64_t step_k, int depth, F (&sum)[kColumns][R]) {
-  for (int k = 0; k < depth; ++k, a += R * W, b += step_k) {
+  for (int k = 0; k < depth; ++k, a += ld, b += step_k) {
     F x[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) x[r] = load(a + r * W);
@@ -139,7 +144,7 @@ void score(const float* q, const Word* k, int64_t ld, int keys, int depth, float
     F sum[kColumns][R];
     for (int d = 0;; d += kChain) {
       clear<R>(sum);
-      multiply<Dot, R>(q + d * R * W, k + j0 * ld + d, ld, 1, std::min(kChain, depth - d), sum);
+      multiply<Dot, R>(q + d * R * W, R * W, k + j0 * ld + d, ld, 1, std::min(kChain, depth - d), sum);
       if (d > 0)
         for (int j = 0; j < kColumns; ++j)
           for (int r = 0; r < R; ++r) sum[j][r] = load(to + (j * R + r) * W) + sum[j][r];
@@ -195,7 +200,7 @@ void accumulate(const float* p, const Word* v, int64_t ld, int columns, int dept
   for (int c = 0; c < columns; c += kColumns) {
     F sum[kColumns][R];
     clear<R>(sum);
-    multiply<Dot, R>(p, v + c, 1, ld, depth, sum);
+    multiply<Dot, R>(p, R * W, v + c, 1, ld, depth, sum);
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j)
 #pragma GCC unroll 8
@@ -203,6 +208,39 @@ void accumulate(const float* p, const Word* v, int64_t ld, int columns, int dept
         float* o = out + (c + j) * R * W + r * W;
         store(o, fma(load(o), decay[r], sum[j][r]));
       }
+  }
+}
+
+template <class Dot, int R>
+void combine_columns(const float* x, int64_t ld, const Word* p, int64_t step, int keys, int depth,
+                     float* out) {
+  for (int j0 = 0; j0 < keys; j0 += kColumns, p += kColumns * step, out += kColumns * ld) {
+    F sum[kColumns][R];
+    clear<R>(sum);
+    multiply<Dot, R>(x, ld, p, step, 1, depth, sum);
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        float* o = out + j * ld + r * W;
+        store(o, load(o) + sum[j][r]);
+      }
+  }
+}
+
+// out [keys][ld] += P X: P [keys][rows] words, step apart; X [depth][ld] words of the rows, ld a multiple of
+// W; keys a multiple of kColumns. Here the columns lie in the lanes, of up to kRowVectors vectors at a time.
+template <class Dot>
+void combine(const float* x, int64_t ld, const Word* p, int64_t step, int keys, int depth, float* out) {
+  for (int64_t left = ld / W; left > 0;) {
+    const int64_t groups = (left + kRowVectors - 1) / kRowVectors, n = (left + groups - 1) / groups;
+    if (n == 1)
+      combine_columns<Dot, 1>(x, ld, p, step, keys, depth, out);
+    else if (n == 2)
+      combine_columns<Dot, 2>(x, ld, p, step, keys, depth, out);
+    else
+      combine_columns<Dot, kRowVectors>(x, ld, p, step, keys, depth, out);
+    left -= n, x += n * W, out += n * W;
   }
 }
 

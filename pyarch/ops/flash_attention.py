@@ -25,21 +25,22 @@ sequence b are cu[b] to cu[b+1] - 1, positions count within it, and alibi_slopes
 
 Scores, softmax and sums are fp32 and out is rounded once; products of bf16 inputs are bf16 dot products, for which the
 probabilities are rounded to bf16. On the CPU a row is bitwise the same for any batch and any number of threads.
-Gradients, of lse too: the reference's formulas, in memory quadratic in the sequence, and twice differentiable.
+Gradients, of lse too: on the CPU a native kernel, in memory linear in the sequence, the same bits for any number of
+threads; elsewhere, and for a second derivative, the reference's formulas, in memory quadratic in the sequence.
 Errors: TypeError or ValueError naming the argument. Not supported: dropout.
 Dao et al., FlashAttention, 2022; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator, refusal
-from . import _args, _attention
+from . import _args, _attention, _attention_formulas
+from ._attention_formulas import Options
 
 
 def flash_attention(
@@ -102,88 +103,14 @@ def flash_attention_reference(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain PyTorch in float32 (float64 for float64): differentiable, any device and dtype."""
     options = _options(q, causal, window, softcap, scale)
-    weights = _weights(options, q, k, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
-    out = (weights.p @ _wide(v, q.shape[1])).to(q.dtype)
+    weights = _attention_formulas.weights(options, q, k, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+    out = (weights.p @ _attention_formulas.wide(v, q.shape[1])).to(q.dtype)
     return (out, weights.lse) if return_lse else out
-
-
-class _Weights(NamedTuple):
-    """What the reference and the gradients share, float32 or float64."""
-
-    p: torch.Tensor  # (B, H, Sq, Sk) probabilities
-    p_sink: torch.Tensor  # (B, H, Sq) of the sink, 0 without one
-    lse: torch.Tensor  # (B, H, Sq)
-    capped: torch.Tensor  # (B, H, Sq, Sk) scores before bias, ALiBi and masks
-    away: torch.Tensor  # (Sq, Sk) how far a key lies after the row's position; far for another sequence's
-    sequence: torch.Tensor | None  # (Sq) of each row, if packed
-
-
-def _weights(options: Options, q, k, sinks, bias, mask, alibi_slopes, cu_q, cu_k) -> _Weights:
-    left, right, softcap, scale = options
-    keys = _wide(k, q.shape[1])
-    scores = capped = q.to(keys.dtype) @ keys.transpose(-1, -2) * scale
-    if softcap > 0:
-        scores = capped = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    sequence, away = _positions(q.shape[2], k.shape[2], cu_q, cu_k, q.device)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(keys.dtype)
-        if slopes.dim() == 2 and sequence is not None:
-            slopes = slopes[sequence].T[:, :, None]
-        else:
-            slopes = slopes[..., None, None]
-        scores = scores - slopes * away.abs()
-    seen = away.abs() < OTHER_SEQUENCE
-    if left >= 0:
-        seen = seen & (away >= -left)
-    if right >= 0:
-        seen = seen & (away <= right)
-    if mask is not None:
-        seen = seen & mask
-    sink = scores.new_full((1, 1, 1, 1), -math.inf) if sinks is None else sinks.to(keys.dtype)[:, None, None]
-    scores = torch.cat((scores.masked_fill(~seen, -math.inf), sink.expand(*scores.shape[:3], 1)), -1)
-    top = scores.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -math.inf, 0.0)
-    p = torch.exp(scores - top)
-    total = p.sum(-1, keepdim=True)
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1.0)
-    lse = (top + total.log()).masked_fill(nothing, -math.inf).squeeze(-1)
-    p = p / total
-    return _Weights(p[..., :-1], p[..., -1], lse, capped, away, sequence)
-
-
-def _wide(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """In the dtype of the sums, with every head repeated for its group."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return x.repeat_interleave(heads // max(x.shape[1], 1), 1)
-
-
-Options = tuple[int, int, float, float]  # left and right of the window, softcap, scale, as the operator takes them
 
 
 def _options(q: torch.Tensor, causal: bool, window: Any, softcap: float, scale: float | None) -> Options:
     left, right = _attention.window(window, causal)
     return left, right, softcap, q.shape[-1] ** -0.5 if scale is None else scale
-
-
-OTHER_SEQUENCE = 2**40  # further away than any key
-
-
-def _positions(rows: int, keys: int, cu_q: torch.Tensor | None, cu_k: torch.Tensor | None, device: torch.device):
-    """(sequence of each row, or None; how far each key lies after each row's position, (rows, keys))."""
-    i, j = torch.arange(rows, device=device)[:, None], torch.arange(keys, device=device)
-    if cu_q is None or cu_k is None:
-        return None, j - (i + keys - rows)
-    if not torch.compiler.is_compiling():
-        for name, cu, total in (("cu_seqlens_q", cu_q, rows), ("cu_seqlens_k", cu_k, keys)):
-            if len(cu) == 0 or cu[0] != 0 or cu[-1] != total or bool((cu.diff() < 0).any()):
-                raise ValueError(f"{name}: must rise from 0 to {total}, not {cu.tolist()}")
-    sequence_i, sequence_j = (torch.bucketize(x, cu, right=True) - 1 for x, cu in ((i, cu_q), (j, cu_k)))
-    end_q, end_k = (cu[1:].long() for cu in (cu_q, cu_k))
-    own = i - end_q[sequence_i] + end_k[sequence_i]
-    return sequence_i[:, 0], torch.where(sequence_i == sequence_j, j - own, OTHER_SEQUENCE)
 
 
 def check(
@@ -258,59 +185,98 @@ def _broadcastable(name: str, x: torch.Tensor, full: tuple[int, ...]) -> None:
 
 
 def _run(backend: str, tensors: tuple, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
     try:
-        return operator("flash_attention", backend)(
-            q, k, v,
-            None if sinks is None else sinks.float().contiguous(),
-            None if bias is None else bias.expand(*q.shape[:3], k.shape[2]),
-            None if mask is None else mask.expand(*q.shape[:3], k.shape[2]),
-            None if slopes is None else slopes.float().contiguous(),
-            _args.contiguous(cu_q), _args.contiguous(cu_k), *options,
-        )  # fmt: skip
+        return operator("flash_attention", backend)(*_operands(tensors), *options)
     except RuntimeError as error:
         raise refusal(error) from None
+
+
+def _operands(tensors: tuple) -> tuple:
+    """As the operators take them: what broadcasts expanded, numbers of heads in float32."""
+    q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
+    return (
+        q, k, v,
+        None if sinks is None else sinks.float().contiguous(),
+        None if bias is None else bias.expand(*q.shape[:3], k.shape[2]),
+        None if mask is None else mask.expand(*q.shape[:3], k.shape[2]),
+        None if slopes is None else slopes.float().contiguous(),
+        _args.contiguous(cu_q), _args.contiguous(cu_k),
+    )  # fmt: skip
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, options, *tensors):
-        ctx.options = options
-        ctx.save_for_backward(*tensors)
-        return _run(backend, tensors, options)
+        out, lse = _run(backend, tensors, options)
+        ctx.backend, ctx.options = backend, options
+        ctx.save_for_backward(out, lse, *tensors)
+        return out, lse
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = ctx.saved_tensors
-        heads, group_of = q.shape[1], (*k.shape[:2], q.shape[1] // max(k.shape[1], 1), k.shape[2])
-        w = _weights(ctx.options, q, k, sinks, bias, mask, slopes, cu_q, cu_k)
-        d_out, d_lse = d_out.to(w.p.dtype), d_lse.masked_fill(w.lse == -math.inf, 0.0)
-        d_p = d_out @ _wide(v, heads).transpose(-1, -2)
-        inner = d_lse - (w.p * d_p).sum(-1)
-        d_s = w.p * (d_p + inner[..., None])
-        d_sinks = None if sinks is None else (w.p_sink * inner).sum((0, 2)).to(sinks.dtype)
-        d_bias = None if bias is None else d_s.sum_to_size(bias.shape).to(bias.dtype)
-        d_slopes = None
-        if slopes is not None:
-            each = -(d_s * w.away.abs()).sum(-1)  # (B, H, Sq)
-            if slopes.dim() == 2 and w.sequence is not None:
-                d_slopes = torch.zeros_like(slopes, dtype=each.dtype).index_add(0, w.sequence, each[0].T)
-            else:
-                d_slopes = each.sum(-1).sum_to_size(slopes.shape)
-            d_slopes = d_slopes.to(slopes.dtype)
-        _, _, softcap, scale = ctx.options
-        if softcap > 0:
-            d_s = d_s * (1 - (w.capped / softcap).square())
-        d_s = d_s * scale
-        d_q = d_s @ _wide(k, heads)
-        d_k = (d_s.transpose(-1, -2) @ q.to(d_s.dtype)).view(*group_of, k.shape[3]).sum(2)
-        d_v = (w.p.transpose(-1, -2) @ d_out).view(*group_of, v.shape[3]).sum(2)
-        d_qkv = d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
-        return None, None, *d_qkv, d_sinks, d_bias, None, d_slopes, None, None
+        out, lse, *tensors = ctx.saved_tensors
+        if ctx.backend not in NATIVE_GRADIENT:
+            return None, None, *_attention_formulas.gradients(ctx.options, d_out, d_lse, *tensors)
+        wanted = ctx.needs_input_grad[2:]
+        call = ctx.backend, ctx.options, wanted, out.detach(), lse.detach(), d_out, d_lse, *tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return None, None, *_Gradients.apply(*call)
+        return None, None, *_run_backward(*call)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients as a function, whose own gradient is that of the reference's formulas."""
+
+    @staticmethod
+    def forward(ctx, backend, options, wanted, out, lse, *differentiable):
+        ctx.options = options
+        ctx.save_for_backward(*differentiable)
+        return _run_backward(backend, options, wanted, out, lse, *differentiable)
+
+    @staticmethod
+    def backward(ctx, *weights):
+        with torch.enable_grad():
+            # Views: of an argument that depends on another one, only its own derivative is wanted.
+            inputs = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            gradients = _attention_formulas.gradients(ctx.options, *inputs)
+        chained = [(g, w) for g, w in zip(gradients, weights, strict=True) if g is not None and w is not None]
+        needed = ctx.needs_input_grad[5:]
+        outputs, weights = zip(*chained, strict=True)
+        values = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
+        again = torch.is_grad_enabled()
+        found = iter(torch.autograd.grad(outputs, values, weights, create_graph=again, materialize_grads=True))
+        return None, None, None, None, None, *(next(found) if need else None for need in needed)
+
+
+def _run_backward(backend, options, wanted, out, lse, d_out, d_lse, *tensors) -> tuple:
+    """The gradients with respect to tensors, by the native kernel; None where not wanted, but for q, k and v."""
+    _, _, _, sinks, bias, _, slopes, _, _ = tensors
+    operands = list(_operands(tensors))
+    if bias is not None:
+        operands[4] = bias[(None,) * (4 - bias.dim())]  # not expanded: as its gradient
+    try:
+        d_q, d_k, d_v, d_sinks, d_bias, d_slopes = operator("flash_attention_backward", backend)(
+            d_out, d_lse.contiguous(), out, lse, *operands, *options, wanted[4], wanted[6]
+        )
+    except RuntimeError as error:
+        raise refusal(error) from None
+    d_sinks = d_sinks.to(sinks.dtype) if wanted[3] else None
+    d_bias = d_bias.view(bias.shape).to(bias.dtype) if wanted[4] else None
+    d_slopes = d_slopes.to(slopes.dtype) if wanted[6] else None
+    return d_q, d_k, d_v, d_sinks, d_bias, None, d_slopes, None, None
 
 
 def _fake(q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, softcap, scale):
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_backward(
+    d_out, d_lse, out, lse, q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+    left, right, softcap, scale, bias_gradient, slopes_gradient,
+):  # fmt: skip
+    asked = (sinks, sinks is not None), (bias, bias_gradient), (alibi_slopes, slopes_gradient)
+    numbers = (q.new_empty(x.shape if wanted else (0,), dtype=torch.float32) for x, wanted in asked)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *numbers
 
 
 LIMITS = {"cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)})}
@@ -318,13 +284,23 @@ FLASH_ATTENTION = Op(
     "flash_attention",
     LIMITS,
     check,
-    "the reference's formulas in PyTorch operations: memory quadratic, twice differentiable",
+    "on cpu a native kernel, memory linear; a second derivative, and other backends, by the reference's formulas in"
+    " PyTorch operations: memory quadratic",
 )
+NATIVE_GRADIENT = ("cpu",)  # the backends that have one
 define(
     "flash_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? alibi_slopes,"
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right, float softcap, float scale) -> (Tensor, Tensor)",
     _fake,
+)
+define(
+    "flash_attention_backward",
+    "(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias,"
+    " Tensor? mask, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right,"
+    " float softcap, float scale, bool bias_gradient, bool slopes_gradient)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
 )
 
 OPS = {flash_attention: FLASH_ATTENTION}
