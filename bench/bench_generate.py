@@ -113,7 +113,7 @@ def _cases(kind: str, *names: str) -> dict:
     return {name: (name, kind) for name in names}
 
 
-WAITING = "memory idles between the matmuls: decision 0060"
+WAITING = "memory, and what Python does for a token: decision 0060"
 
 
 @contest("SmolLM2 decode, against Q4_1", cases=_cases("Q4_1", "act_bits=8"), goal=2.2, seconds=6, note=WAITING)
