@@ -186,4 +186,5 @@ def flops(case: dict) -> int:
 
 def bytes_moved(case: dict, bits: int) -> int:
     """Weight codes and their scales (2 bytes each): what a small M has to read."""
-    return case["n"] * case["k"] * bits // 8 + 2 * case["n"] * -(-case["k"] // case["group_size"])
+    groups = 1 if case["group_size"] == -1 else -(-case["k"] // case["group_size"])
+    return case["n"] * (case["k"] * bits // 8 + 2 * groups)
