@@ -20,7 +20,10 @@ enum Bug {
   no_barrier_after_wait,     // scale: reads what other threads copied
   no_barrier_before_reuse,   // scale: copies into a tile that other threads still read
   misaligned_copy,           // scale
-  plain_add                  // count: read, add, write
+  plain_add,                 // count: read, add, write
+  no_fence,                  // total: arrives before its results can be seen
+  no_barrier_before_fence,   // total: the fence does not cover what other threads write
+  last_one_early             // total: adds up before the last block has come
 };
 
 // y[block] = sum of x[block * 128 ...], n in all.
@@ -72,6 +75,24 @@ PYARCH_KERNEL count(Global<int> y, int bug) {
   if (threadIdx.x % 32 == 0) atomic_add(y + 1, lanes);
 }
 
+// y = sum over blocks of x[block], by the block that comes last, from what each has left in `left`.
+PYARCH_KERNEL PYARCH_THREADS(kBlock, 1)
+    total(Global<const float> x, Global<float> left, Global<int> arrived, Global<float> y, int bug) {
+  const int64_t thread = threadIdx.x, blocks = gridDim.x;
+  left[blockIdx.x * int64_t{kBlock} + thread] = 2 * x[blockIdx.x * int64_t{kBlock} + thread];
+  if (bug != no_barrier_before_fence) sync();
+  bool last = false;
+  if (thread == 0) {
+    if (bug != no_fence) fence();
+    last = atomic_add(arrived, 1) == blocks - (bug == last_one_early ? 2 : 1);
+  }
+  if (!sync_any(last)) return;
+  fence();
+  float sum = 0;
+  for (int64_t block = 0; block < blocks; ++block) sum += left[block * kBlock + thread];
+  y[thread] = sum;
+}
+
 }  // namespace
 
 extern "C" const char* run_sum(const float* x, float* y, int64_t n, int bug) {
@@ -83,4 +104,9 @@ extern "C" const char* run_scale(const float* x, float* y, int tiles, int bug) {
 }
 extern "C" const char* run_count(int* y, int blocks, int bug) {
   return launch(count, dim3(static_cast<unsigned>(blocks)), dim3(kBlock), 0, Stream(), y, bug);
+}
+extern "C" const char* run_total(const float* x, float* left, int* arrived, float* y, int blocks, int bug) {
+  if (const char* error = clear(arrived, sizeof(int), Stream())) return error;
+  return launch(total, dim3(static_cast<unsigned>(blocks)), dim3(kBlock), 0, Stream(), x, left, arrived, y,
+                bug);
 }

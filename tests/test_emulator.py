@@ -1,4 +1,4 @@
-"""CUDA kernels on the host: the emulator catches planted bugs, and kv_append is what its reference says."""
+"""CUDA kernels on the host: the emulator catches planted bugs, and the operators are what their references say."""
 
 import ctypes
 import re
@@ -21,7 +21,17 @@ Pointer = ctypes.c_void_p
 
 
 def compile_for_host(library: Path, *sources: Path, flags: tuple[str, ...] = ("-Wextra", "-Werror"), link=()) -> None:
-    own = ["-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", "-DPYARCH_EMU", f"-I{CSRC / 'emu'}", f"-I{CSRC / 'cuda'}"]
+    own = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+        "-DPYARCH_EMU",
+        f"-I{CSRC / 'emu'}",
+        f"-I{CSRC / 'cuda'}",
+    ]
     files = ["-x", "c++", CSRC / "emu/emu.cpp", *sources, "-x", "none"]
     subprocess.run(["c++", *own, *flags, "-o", library, *files, *link], check=True)
 
@@ -79,7 +89,15 @@ def run_count(kernels, bug, seed):
     return error, y.tolist() == [384, 384]
 
 
-@pytest.mark.parametrize("run", [run_sum, run_scale, run_count])
+def run_total(kernels, bug, seed):
+    x, left, y = torch.randn(5, 128), torch.full((5, 128), float("nan")), torch.full((128,), float("nan"))
+    arrived = torch.full((1,), 7, dtype=torch.int32)
+    pointers = [Pointer(t.data_ptr()) for t in (x, left, arrived, y)]
+    error = kernels("run_total", *pointers, 5, bug, seed=seed, allow=[x, left, arrived, y])
+    return error, torch.allclose(y, 2 * x.sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("run", [run_sum, run_scale, run_count, run_total])
 def test_right_kernels_are_right_under_every_seed(kernels, run):
     for seed in range(50):
         assert run(kernels, 0, seed) == (None, True)
@@ -91,6 +109,7 @@ def test_right_kernels_are_right_under_every_seed(kernels, run):
         *((run_sum, bug) for bug in ("no_barrier_after_store", "no_barrier_between_steps")),
         *((run_scale, bug) for bug in ("wait_one_late", "no_barrier_after_wait", "no_barrier_before_reuse")),
         (run_count, "plain_add"),
+        *((run_total, bug) for bug in ("no_fence", "no_barrier_before_fence", "last_one_early")),
     ],
 )
 def test_a_race_gives_a_wrong_result(kernels, run, bug):
@@ -118,7 +137,7 @@ def test_a_fault_ends_the_launch(kernels, run, bug, complaint):
 
 def test_every_bug_is_planted_somewhere():
     text = Path(__file__).read_text()
-    assert len(bugs()) == 12
+    assert len(bugs()) == 15
     assert all(f'"{name}"' in text for name in bugs() if name != "none")
 
 
@@ -226,15 +245,24 @@ def test_kv_append_touches_nothing_else(paged_kv):
         assert "outside every allocation" in append(paged_kv, *arguments, allow=allow)
 
 
-def test_operators(tmp_path):
-    """The whole way from torch.ops on CPU tensors: emulated_operators.py."""
+# ---- the whole way from torch.ops on CPU tensors
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory):
     from torch.utils import cpp_extension
 
-    library = tmp_path / "operators.so"
+    library = tmp_path_factory.mktemp("emulated") / "operators.so"
     sources = [CSRC / "cuda/bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{p}" for p in cpp_extension.include_paths())]
+    flags = ["-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{p}" for p in cpp_extension.include_paths())]
     folder = Path(torch.__file__).parent / "lib"
     compile_for_host(library, *sources, flags=(*flags, f"-I{CSRC / 'include'}"), link=(f"-L{folder}", "-ltorch_cpu"))
-    command = [sys.executable, ROOT / "tests/emulated_operators.py", library]
+    return library
+
+
+@pytest.mark.parametrize("script", ["emulated_operators", "emulated_attention"])
+def test_operators(operators, script):
+    command = [sys.executable, ROOT / f"tests/{script}.py", operators]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+    print(run.stdout)

@@ -28,7 +28,15 @@ def append():
     return k, call
 
 
-@pytest.mark.parametrize("make", [matmul, append])
+def attention():
+    caches = torch.randn(2, 80, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(80, device="cuda").to(torch.int32).view(2, 40)
+    lens = torch.tensor([600, 37], device="cuda", dtype=torch.int32)
+    q = torch.randn(2, 8, 64, device="cuda", dtype=torch.bfloat16)
+    return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
+
+
+@pytest.mark.parametrize("make", [matmul, append, attention])
 def test_runs_on_the_current_stream(make):
     """On a stream that is behind, the kernel sees what comes before it there and not what is there now."""
     source, call = make()
@@ -44,7 +52,15 @@ def test_runs_on_the_current_stream(make):
     assert same(late, call())
 
 
-@pytest.mark.parametrize("make", [matmul, append])
+def attention():
+    caches = torch.randn(2, 80, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(80, device="cuda").to(torch.int32).view(2, 40)
+    lens = torch.tensor([600, 37], device="cuda", dtype=torch.int32)
+    q = torch.randn(2, 8, 64, device="cuda", dtype=torch.bfloat16)
+    return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
+
+
+@pytest.mark.parametrize("make", [matmul, append, attention])
 def test_can_be_captured(make):
     source, call = make()
     call()
@@ -70,10 +86,33 @@ def test_bad_slots_are_skipped():
     assert all(same(cache.cpu(), right) for cache, right in zip(caches, want, strict=True))
 
 
+def test_bad_indices_give_nan():
+    """What the host cannot check without waiting."""
+    caches = torch.randn(2, 8, 16, 2, 64, device="cuda")
+    q = torch.randn(3, 4, 64, device="cuda")
+    table = torch.tensor([[1, 2], [3, 2**31 - 1], [-1, 4]], device="cuda", dtype=torch.int32)
+    lens = torch.tensor([20, 17, -1], device="cuda", dtype=torch.int32)
+    out = pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
+    assert out[0].isfinite().all()
+    assert out[1:].isnan().all()
+
+
+def test_attention_has_the_same_bits_alone():
+    caches = torch.randn(2, 300, 16, 2, 64, device="cuda", dtype=torch.float16)
+    lens = torch.tensor([1500, 3, 2999], device="cuda", dtype=torch.int32)
+    table = torch.randperm(300, device="cuda").to(torch.int32)[:200].expand(3, 200).contiguous()
+    q = torch.randn(3, 8, 64, device="cuda", dtype=torch.float16)
+    together = pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
+    for repeat in range(20):
+        b = repeat % 3
+        alone = pyarch.paged_attention(q[b : b + 1], *caches, table[b : b + 1], lens[b : b + 1], backend="cuda")
+        assert same(alone, together[b : b + 1])
+
+
 def test_other_devices_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    for make in (matmul, append):
+    for make in (matmul, append, attention):
         with torch.cuda.device(1):
             _, call = make()
             want = call().clone()

@@ -54,8 +54,97 @@ void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
   check_queued("kv_append", pyarch_kv_append(&c, on.stream));
 }
 
+std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
+                                           Tensor seq_lens, std::optional<Tensor> cu_seqlens_q,
+                                           std::optional<Tensor> sinks, bool causal, int64_t window_left,
+                                           int64_t window_right, double softcap, double scale) {
+  PYARCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4,
+               "k_cache, v_cache: must be (pages, page_size, heads, dim)");
+  PYARCH_CHECK(q.dim() == 3, "q: must be (rows, heads, dim)");
+  PYARCH_CHECK(block_table.dim() == 2, "block_table: must be (B, n)");
+  const ScalarType dtype = q.scalar_type();
+  const bool is_float = dtype == ScalarType::Float;
+  const int64_t item = is_float ? 4 : 2;
+  PYARCH_CHECK(is_float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+               "q: dtype must be float32, bfloat16 or float16");
+  PagedAttention c{};
+  c.type = is_float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2;
+  c.total = q.size(0), c.q_heads = q.size(1), c.dim = q.size(2), c.q_row = q.stride(0),
+  c.q_head = q.stride(1);
+  c.pages = k_cache.size(0), c.page_size = k_cache.size(1), c.heads = k_cache.size(2);
+  c.batch = block_table.size(0), c.columns = block_table.size(1);
+  c.table_row = block_table.stride(0), c.table_column = block_table.stride(1);
+  PYARCH_CHECK(c.dim >= 8 && c.dim <= 256 && c.dim % 8 == 0,
+               "q: head size must be a multiple of 8 from 8 to 256");
+  PYARCH_CHECK(c.page_size > 0 && c.heads > 0 && c.q_heads > 0 && c.q_heads % c.heads == 0,
+               "q: heads must be a multiple of k_cache's");
+  PYARCH_CHECK(q.stride(2) == 1 || c.total == 0, "q: the last dimension must be contiguous");
+  const Tensor* caches[] = {&k_cache, &v_cache};
+  int64_t* strides[] = {c.k_stride, c.v_stride};
+  for (int i = 0; i < 2; ++i) {
+    const Tensor& cache = *caches[i];
+    PYARCH_CHECK(cache.scalar_type() == dtype && same_gpu(cache, q),
+                 "k_cache, v_cache: must be of q's dtype and on its GPU");
+    PYARCH_CHECK(cache.size(0) == c.pages && cache.size(1) == c.page_size && cache.size(2) == c.heads &&
+                     cache.size(3) == c.dim,
+                 "k_cache, v_cache: shapes must be equal and fit q");
+    int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(cache.data_ptr()));
+    for (int d = 0; d < 3; ++d) strides[i][d] = cache.stride(d), all |= cache.stride(d) * item;
+    PYARCH_CHECK(c.pages == 0 || (cache.stride(3) == 1 && all % 16 == 0),
+                 "k_cache, v_cache: rows must be contiguous and begin at multiples of 16 bytes");
+  }
+  const auto indices = [&](const Tensor& t, int64_t size) {
+    return t.dim() == 1 && t.size(0) == size && t.scalar_type() == ScalarType::Int && same_gpu(t, q);
+  };
+  PYARCH_CHECK(block_table.scalar_type() == ScalarType::Int && same_gpu(block_table, q),
+               "block_table: must be int32 and on q's GPU");
+  PYARCH_CHECK(indices(seq_lens, c.batch), "seq_lens: must be int32 (B) on q's GPU");
+  PYARCH_CHECK(!cu_seqlens_q || indices(*cu_seqlens_q, c.batch + 1),
+               "cu_seqlens_q: must be int32 (B+1) on q's GPU");
+  PYARCH_CHECK(cu_seqlens_q ? c.batch > 0 || c.total == 0 : c.total == c.batch,
+               "q: must have one row per sequence, or cu_seqlens_q");
+  PYARCH_CHECK(c.total < (int64_t{1} << 31) && c.columns < (int64_t{1} << 31) && c.q_heads < 65536 &&
+                   c.page_size < (int64_t{1} << 31),
+               "q, block_table: too many rows, heads or columns");
+  PYARCH_CHECK(window_left >= -1 && window_right >= -1, "window: must be at least -1");
+  PYARCH_CHECK(softcap >= 0, "softcap: must be at least 0");
+  if (sinks) {
+    c.sinks_are_float = sinks->scalar_type() == ScalarType::Float;
+    PYARCH_CHECK(sinks->dim() == 1 && sinks->size(0) == c.q_heads &&
+                     (c.sinks_are_float || sinks->scalar_type() == dtype) && same_gpu(*sinks, q),
+                 "sinks: must be (q heads) of float32 or q's dtype on q's GPU");
+    c.sinks = sinks->data_ptr(), c.sink_step = sinks->stride(0);
+  }
+  constexpr int64_t everything = int64_t{1} << 32;
+  c.left = window_left < 0 ? everything : std::min(window_left, everything);
+  c.right = causal ? 0 : window_right < 0 ? everything : std::min(window_right, everything);
+  c.scale = static_cast<float>(scale), c.softcap = static_cast<float>(softcap);
+  c.q = q.data_ptr(), c.k = k_cache.data_ptr(), c.v = v_cache.data_ptr();
+  c.table = static_cast<const int32_t*>(block_table.data_ptr());
+  c.lengths = static_cast<const int32_t*>(seq_lens.data_ptr()), c.length_step = seq_lens.stride(0);
+  if (cu_seqlens_q) {
+    c.starts = static_cast<const int32_t*>(cu_seqlens_q->data_ptr());
+    c.start_step = cu_seqlens_q->stride(0);
+  }
+  pyarch_paged_attention_plan(&c);
+
+  const OnDeviceOf on(q);
+  Tensor out = empty_beside(q, {c.total, c.q_heads, c.dim}, dtype);
+  Tensor lse = empty_beside(q, {c.total, c.q_heads}, ScalarType::Float);
+  c.out = out.data_ptr(), c.lse = static_cast<float*>(lse.data_ptr());
+  const bool split = c.plan.grid_splits > 1;
+  const Tensor arrived = empty_beside(q, {split ? c.plan.tiles * c.plan.head_tiles : 0}, ScalarType::Int);
+  const Tensor partial = empty_beside(q, {c.plan.partial_floats}, ScalarType::Float);
+  c.arrived = arrived.data_ptr(), c.partial = static_cast<float*>(partial.data_ptr());
+  check_queued("paged_attention", pyarch_paged_attention(&c, on.stream));
+  return {out, lse};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pyarch, PYARCH_CUDA_KEY, m) { m.impl("kv_append__cuda", TORCH_BOX(&kv_append)); }
+STABLE_TORCH_LIBRARY_IMPL(pyarch, PYARCH_CUDA_KEY, m) {
+  m.impl("kv_append__cuda", TORCH_BOX(&kv_append));
+  m.impl("paged_attention__cuda", TORCH_BOX(&paged_attention));
+}
 
 }  // namespace pyarch

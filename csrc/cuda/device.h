@@ -5,9 +5,15 @@
 //   shared<T>(byte)        the block's dynamic shared memory from that byte on
 //   load16, store16        16 bytes at an aligned address, as one access
 //   cp16, commit, wait<N>  asynchronous copy of 16 bytes, global to shared; a group; all but the N newest
-//   groups done sync                   barrier of the block shfl_xor, shfl_down    exchange within a full
-//   warp atomic_add             returns the value before launch(kernel, grid, block, shared bytes, stream,
-//   arguments...) -> nullptr, or what CUDA says is wrong
+//                          groups done
+//   sync, sync_any         barrier of the block; the same, and whether any of its threads said true
+//   fence                  what this thread wrote or, before a barrier, its block did is visible to other
+//   blocks
+//                          before what it writes next; what it reads next is not older than what it read
+//   shfl_xor, shfl_down    exchange within a full warp
+//   atomic_add             returns the value before
+//   clear(p, bytes, stream), launch(kernel, grid, block, shared bytes, stream, arguments...)
+//                          -> nullptr, or what CUDA says is wrong
 #pragma once
 
 #include <cstdint>
@@ -20,6 +26,9 @@
 
 #define PYARCH_KERNEL __global__ void
 #define PYARCH_DEVICE __device__ __forceinline__
+// Between PYARCH_KERNEL and the name: threads of a block, and blocks that a multiprocessor must have room
+// for.
+#define PYARCH_THREADS(threads, blocks) __launch_bounds__(threads, blocks)
 
 namespace pyarch {
 
@@ -57,6 +66,8 @@ PYARCH_DEVICE void wait() {
 }
 
 PYARCH_DEVICE void sync() { __syncthreads(); }
+PYARCH_DEVICE bool sync_any(bool mine) { return __syncthreads_or(mine); }
+PYARCH_DEVICE void fence() { __threadfence(); }
 template <class T>
 PYARCH_DEVICE T shfl_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);
@@ -68,6 +79,11 @@ PYARCH_DEVICE T shfl_down(T value, int lanes) {
 template <class T>
 PYARCH_DEVICE T atomic_add(T* p, T value) {
   return atomicAdd(p, value);
+}
+
+inline const char* clear(void* p, size_t bytes, Stream stream) {
+  const cudaError_t error = cudaMemsetAsync(p, 0, bytes, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <class... Parameters, class... Arguments>

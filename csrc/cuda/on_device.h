@@ -5,6 +5,7 @@
 #include "tensor.h"
 
 #if defined(PYARCH_EMU)
+#include "emu.h"
 #define PYARCH_CUDA_KEY CPU
 #else
 #include <torch/csrc/stable/accelerator.h>
@@ -39,6 +40,19 @@ class OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
+
+// A contiguous tensor on the same GPU as `other`, from torch's allocator, with uninitialised memory.
+inline Tensor empty_beside(const Tensor& other, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+#if defined(PYARCH_EMU)
+  const Tensor made = empty(sizes, dtype);
+  const size_t bytes = static_cast<size_t>(made.numel() * made.element_size());
+  if (bytes > 0) std::memset(made.data_ptr(), 0xff, bytes);
+  pyarch_emu_allow(made.data_ptr(), bytes);
+  return made;
+#else
+  return empty(sizes, dtype, aoti_torch_device_type_cuda(), other.get_device_index());
+#endif
+}
 
 inline void check_queued(const char* op, const char* error) { PYARCH_CHECK(!error, op, ": CUDA: ", error); }
 

@@ -1,4 +1,5 @@
-// The C launchers of paged_kv.cu: plain pointers and sizes, so that neither side includes the other's world.
+// The C launchers of paged_kv.cu and paged_kv_attention.cu: plain pointers and sizes, so that neither side
+// includes the other's world.
 #pragma once
 
 #include <cstdint>
@@ -18,4 +19,33 @@ struct KvAppend {
 
 // Queues the copy on a cudaStream_t; returns nullptr, or what CUDA says is wrong.
 const char* pyarch_kv_append(const KvAppend* call, void* stream);
+
+// How the work is cut, from sizes alone. No choice changes a result.
+struct PagedAttentionPlan {
+  int64_t lanes, heads_a_tile, rows_a_tile;  // query vectors of a tile: rows_a_tile * heads_a_tile <= lanes
+  int64_t tiles, head_tiles, grid_splits;    // the grid
+  int64_t splits, partial_floats;  // of a tile at most; what goes through memory, 0 with one grid split
+};
+
+// q (total, q_heads, dim) over caches (pages, page_size, heads, dim); strides in elements, the last dimension
+// contiguous; the caches' addresses and strides are multiples of 16 bytes.
+struct PagedAttention {
+  const void *q, *k, *v, *sinks;            // sinks: (q_heads) or null
+  const int32_t *table, *lengths, *starts;  // (batch, columns), (batch), (batch + 1) or null: one row each
+  void* out;                                // (total, q_heads, dim), contiguous
+  float* lse;                               // (total, q_heads)
+  void* arrived;                            // tiles * head_tiles int32, where grid_splits > 1
+  float* partial;                           // partial_floats
+  int64_t type;                             // of q and the caches: 0 float, 1 bf16, 2 fp16
+  int64_t total, q_heads, dim, pages, page_size, heads, batch, columns;
+  int64_t q_row, q_head, table_row, table_column, length_step, start_step, sink_step;
+  int64_t k_stride[3], v_stride[3];  // page, position, head
+  int64_t left, right;               // positions that a row sees besides its own; right is 0 for causal
+  float scale, softcap;
+  bool sinks_are_float;
+  PagedAttentionPlan plan;
+};
+
+void pyarch_paged_attention_plan(PagedAttention* call);  // sets call->plan
+const char* pyarch_paged_attention(const PagedAttention* call, void* stream);
 }

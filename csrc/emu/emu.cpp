@@ -19,6 +19,9 @@ namespace emu {
 struct Region {
   uintptr_t begin, end;
   const char* what;
+  std::vector<unsigned char> seen;  // its bytes as other blocks see them
+
+  unsigned char* bytes() const { return reinterpret_cast<unsigned char*>(begin); }
 };
 
 namespace {
@@ -29,6 +32,9 @@ struct Copy {
   void* to;
   const void* from;
 };
+struct Write {  // that no fence followed
+  unsigned char *to, value;
+};
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
@@ -37,19 +43,21 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   dim3 thread;
   State state = State::ready;
-  uint64_t offered = 0, received = 0;  // of a shuffle
+  uint64_t offered = 0, received = 0;  // of a shuffle, or of a barrier's votes
   int from_lane = 0;
   std::vector<std::vector<Copy>> groups;  // copies in flight; the last group is not committed yet
 };
 
 std::vector<std::unique_ptr<Region>> regions;  // pointers keep their addresses
-Region block_memory{0, 0, "shared memory"};
+std::vector<Write> withheld;                   // of blocks that ended, until the launch ends
+Region block_memory{0, 0, "shared memory", {}};
 std::vector<Fiber> fibers;  // those of the running block
 Fiber* running = nullptr;
 ucontext_t scheduler;
 const std::function<void()>* body = nullptr;
 std::string fault;
 uint64_t random_state = 1;
+size_t in_flight = 0;  // copies
 unsigned landing = 0;  // chance in 256 that a copy in flight lands when threads change
 
 unsigned random(size_t below) {  // splitmix64
@@ -101,7 +109,10 @@ void resume(Fiber& fiber) {
   running = nullptr;
 }
 
-void land(const Copy& copy) { std::memcpy(copy.to, copy.from, 16); }
+void land(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, 16);
+  --in_flight;
+}
 
 void land_some() {
   const auto lands = [](const Copy& copy) {
@@ -118,8 +129,11 @@ void land_some() {
 bool open_barrier() {
   for (const Fiber& fiber : fibers)
     if (fiber.state == State::at_shuffle) return false;
+  uint64_t any = 0;
+  for (const Fiber& fiber : fibers)
+    if (fiber.state == State::at_barrier) any |= fiber.offered;
   for (Fiber& fiber : fibers)
-    if (fiber.state == State::at_barrier) fiber.state = State::ready;
+    if (fiber.state == State::at_barrier) fiber.received = any, fiber.state = State::ready;
   return true;
 }
 
@@ -137,18 +151,31 @@ bool open_shuffle(size_t first) {
   return true;
 }
 
+void publish_all() {
+  for (const auto& region : regions)
+    region->seen.assign(region->bytes(), region->bytes() + region->seen.size());
+}
+
+// Takes back what the block that ended wrote after its last fence.
+void withhold() {
+  for (const auto& region : regions) {
+    unsigned char* now = region->bytes();
+    if (std::memcmp(now, region->seen.data(), region->seen.size()) == 0) continue;
+    for (size_t i = 0; i < region->seen.size(); ++i)
+      if (now[i] != region->seen[i]) withheld.push_back({now + i, now[i]}), now[i] = region->seen[i];
+  }
+}
+
 void run_block(size_t threads) {
   fibers.resize(threads);
   for (size_t i = 0; i < threads; ++i) start(fibers[i], i);
   std::vector<Fiber*> able;
-  for (;;) {
-    able.clear();
-    size_t done = 0;
-    for (Fiber& fiber : fibers) {
-      if (fiber.state == State::ready) able.push_back(&fiber);
-      if (fiber.state == State::done) ++done;
+  size_t done = 0;
+  while (done < threads) {
+    if (able.empty()) {
+      for (Fiber& fiber : fibers)
+        if (fiber.state == State::ready) able.push_back(&fiber);
     }
-    if (done == threads) return;
     if (able.empty()) {  // everybody waits, so what can be released is complete
       bool released = false;
       for (size_t first = 0; first < threads; first += 32) released = open_shuffle(first) || released;
@@ -157,9 +184,12 @@ void run_block(size_t threads) {
             "deadlock: some threads wait at a barrier, others at a shuffle that not all of their warp reach");
       continue;
     }
-    resume(*able[random(able.size())]);
+    Fiber*& next = able[random(able.size())];
+    resume(*next);
     if (!fault.empty()) throw std::runtime_error(fault);
-    land_some();
+    if (next->state == State::done) ++done;
+    if (next->state != State::ready) next = able.back(), able.pop_back();
+    if (in_flight > 0) land_some();
   }
 }
 
@@ -189,9 +219,24 @@ void touch(const Region* region, const void* p, size_t bytes, size_t alignment) 
 int lane() { return static_cast<int>((running - fibers.data()) % 32); }
 void yield() { hand_over(); }
 
-void barrier() {
+bool barrier(bool mine) {
+  running->offered = mine;
   running->state = State::at_barrier;
   hand_over();
+  return running->received != 0;
+}
+
+void fence() {
+  publish_all();
+  hand_over();
+}
+
+void publish(const void* p, size_t bytes) {
+  for (const auto& region : regions) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+    if (region->begin <= at && at < region->end && !region->seen.empty())
+      std::memcpy(&region->seen[at - region->begin], p, bytes);
+  }
 }
 
 uint64_t shuffle(uint64_t value, int from_lane) {
@@ -202,7 +247,10 @@ uint64_t shuffle(uint64_t value, int from_lane) {
   return running->received;
 }
 
-void copy16(void* to, const void* from) { running->groups.back().push_back({to, from}); }
+void copy16(void* to, const void* from) {
+  running->groups.back().push_back({to, from});
+  ++in_flight;
+}
 void commit_group() { running->groups.emplace_back(); }
 
 void wait_groups(int newest) {
@@ -218,6 +266,7 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
   const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
   const unsigned chances[] = {1, 64, 255};
   landing = chances[random(3)];
+  in_flight = 0;
   fault.clear();
   body = &thread;
   gridDim = grid;
@@ -227,20 +276,25 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
   block_memory.end = block_memory.begin + shared_bytes;
   try {
     if (blocks == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 || threads > 1024 ||
-        shared_bytes > 227 << 10)
+        shared_bytes > 163 << 10)  // what a block can have on sm_80
       fail("invalid launch: ", blocks, " blocks of ", threads, " threads, ", shared_bytes, " bytes shared");
     std::vector<size_t> order(blocks);
     std::iota(order.begin(), order.end(), size_t{0});
     for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random(i)]);
+    for (const auto& region : regions)
+      region->seen.assign(region->bytes(), region->bytes() + (region->end - region->begin));
     for (const size_t index : order) {
       const unsigned n = static_cast<unsigned>(index);
       blockIdx = dim3(n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y);
       std::fill(memory.begin(), memory.end(), 0xff);
       run_block(threads);
+      random(2) ? withhold() : publish_all();
     }
   } catch (const std::exception& error) {
     fault = error.what();
   }
+  for (const Write& write : withheld) *write.to = write.value;
+  withheld.clear();
   return fault.empty() ? nullptr : fault.c_str();
 }
 
@@ -250,6 +304,6 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
 void pyarch_emu_seed(uint64_t seed) { pyarch::emu::random_state = seed; }
 void pyarch_emu_allow(const void* p, uint64_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
-  pyarch::emu::regions.emplace_back(new pyarch::emu::Region{begin, begin + bytes, "an allocation"});
+  pyarch::emu::regions.emplace_back(new pyarch::emu::Region{begin, begin + bytes, "an allocation", {}});
 }
 void pyarch_emu_forget() { pyarch::emu::regions.clear(); }

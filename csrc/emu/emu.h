@@ -4,6 +4,7 @@
 //   block     one at a time, in random order; its dynamic shared memory starts as 0xff bytes (NaN)
 //   thread    a fiber; barriers, shuffles, atomics and some accesses hand over to a random other one
 //   access    through Checked pointers: outside its allocation, or misaligned, it ends the launch
+//   fence     what a block wrote and did not fence may stay unseen by others until the launch ends
 //   cp16      lands at a random time between its issue and the wait for its group
 //   deadlock  threads that wait for others that never come end the launch
 //
@@ -18,6 +19,7 @@
 
 #define PYARCH_KERNEL void
 #define PYARCH_DEVICE inline
+#define PYARCH_THREADS(threads, blocks)
 
 struct dim3 {
   unsigned x, y, z;
@@ -33,7 +35,9 @@ const Region* region_of(const void* p);  // the one that p lies in, or nullptr
 const Region* shared_region();           // the running block's shared memory
 unsigned char* shared_base();
 void touch(const Region* region, const void* p, size_t bytes, size_t alignment);  // checks one access
-void barrier();
+bool barrier(bool mine = false);  // whether any thread that came said true
+void fence();
+void publish(const void* p, size_t bytes);  // these bytes alone, as an atomic does
 uint64_t shuffle(uint64_t value, int from_lane);
 int lane();
 void yield();
@@ -106,6 +110,8 @@ void wait() {
 }
 
 inline void sync() { emu::barrier(); }
+inline bool sync_any(bool mine) { return emu::barrier(mine); }
+inline void fence() { emu::fence(); }
 template <class T>
 T shuffle_from(T value, int from_lane) {
   static_assert(sizeof(T) <= 8, "shuffles exchange up to 8 bytes");
@@ -129,7 +135,13 @@ T atomic_add(emu::Checked<T> p, typename std::remove_const<T>::type value) {
   T* address = p.wide(sizeof(T));
   const T before = *address;
   *address = before + value;
+  emu::publish(address, sizeof(T));
   return before;
+}
+
+inline const char* clear(void* p, size_t bytes, Stream) {
+  std::memset(p, 0, bytes);
+  return nullptr;
 }
 
 template <class... Parameters, class... Arguments>

@@ -41,8 +41,10 @@ template <class... Parts>
 // While set, empty() and scratch() give memory full of 0xff, NaN in every float type (csrc/cpu/poison.cpp).
 inline std::atomic<bool> poison_memory{false};
 
-// A contiguous CPU tensor with uninitialised memory; half the cost of torch::stable::empty.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+// A contiguous tensor with uninitialised memory, on the CPU by default; half the cost of
+// torch::stable::empty.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
+                    int32_t device = aoti_torch_device_type_cpu(), int32_t index = 0) {
   int64_t strides[8], step = 1;
   const int64_t rank = static_cast<int64_t>(sizes.size());
   PYARCH_CHECK(rank <= 8, "rank above 8");
@@ -51,8 +53,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     step *= std::max<int64_t>(sizes.begin()[i], 1);
   }
   AtenTensorHandle handle;
-  if (aoti_torch_empty_strided(rank, sizes.begin(), strides, static_cast<int32_t>(dtype),
-                               aoti_torch_device_type_cpu(), 0, &handle) != 0)
+  if (aoti_torch_empty_strided(rank, sizes.begin(), strides, static_cast<int32_t>(dtype), device, index,
+                               &handle) != 0)
     fail("out of memory");
   Tensor made(handle);
   if (__builtin_expect(poison_memory.load(std::memory_order_relaxed), 0) && made.numel() > 0)

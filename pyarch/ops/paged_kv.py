@@ -23,8 +23,12 @@ number of threads. Slots that hold no token may hold anything, NaN included, and
 no row attends to.
 
 Errors: TypeError or ValueError for metadata. For values (lengths, table entries, slots) the CPU operators and the
-reference raise before anything is read or written. For inference: a call that autograd would record runs on the
-reference. Not supported: fp8 or int8 caches, tree masks, values of another head size than keys.
+reference raise before anything is read or written. CUDA kernels cannot, since the host would have to wait; they touch
+nothing outside their arguments, and give NaN to the rows of a sequence whose length is not possible, to rows that
+attend to a position whose table entry is not a page, and to all rows if cu_seqlens_q does not rise from 0 to total_q.
+
+For inference: a call that autograd would record runs on the reference. On CUDA paged_attention takes few rows, 16 a
+sequence on average. Not supported: fp8 or int8 caches, tree masks, values of another head size than keys.
 Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023; Dao et al.,
 Flash-Decoding for long-context inference, 2023.
 """
@@ -235,7 +239,7 @@ def check(
     _attention.scaling(softcap, scale)
     if sinks is not None:
         _args.tensor("sinks", sinks, dtypes=(q.dtype, torch.float32), device=device, shape=(heads,))
-    return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks))
+    return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks), batch)
 
 
 def _check_caches(k_cache: Any, v_cache: Any) -> tuple[int, ...]:
@@ -251,7 +255,9 @@ def _check_caches(k_cache: Any, v_cache: Any) -> tuple[int, ...]:
     return shape
 
 
-def _facts(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requires_grad: bool) -> Facts:
+def _facts(
+    x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requires_grad: bool, sequences: int | None = None
+) -> Facts:
     _, page_size, _, head_dim = k_cache.shape
     return {
         "device": _args.device_type(x),
@@ -259,7 +265,9 @@ def _facts(x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requir
         "page_size": page_size,
         "head_dim": head_dim,
         "requires_grad": requires_grad,
+        "rows_a_sequence": 1 if sequences is None else -(-x.shape[0] // max(1, sequences)),
         "dense_heads": dense_heads(k_cache, v_cache),
+        "caches": (k_cache, v_cache),
     }
 
 
@@ -268,11 +276,25 @@ def dense_heads(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     return k_cache.stride()[3] == v_cache.stride()[3] == 1 or k_cache.shape[3] == 1
 
 
+def _in_16_bytes(cache: torch.Tensor) -> bool:
+    """Whether every head of every slot begins at a multiple of 16 bytes."""
+    return all(n * cache.itemsize % 16 == 0 for n in (cache.storage_offset(), *cache.stride()[:3]))
+
+
 def inference_only(facts: Facts) -> str | None:
     """The predicate in the limits of kernels over the caches."""
     if facts["requires_grad"]:
         return "is for inference only, and autograd would record this call"
     return None if facts["dense_heads"] else "needs caches whose last dimension is contiguous"
+
+
+def _in_pieces(facts: Facts) -> str | None:
+    """The predicate of the kernel that copies a head 16 bytes at a time."""
+    if facts["head_dim"] % 8:
+        return f"takes head sizes that are multiples of 8, not {facts['head_dim']}"
+    if not all(map(_in_16_bytes, facts["caches"])):
+        return "needs caches whose heads begin at multiples of 16 bytes"
+    return inference_only(facts)
 
 
 def _append_fake(k, v, k_cache, v_cache, slot_mapping):
@@ -294,7 +316,13 @@ KV_APPEND = Op(
 )
 PAGED_ATTENTION = Op(
     "paged_attention",
-    {"cpu": Limits("cpu", unless=inference_only)},
+    {
+        "cpu": Limits("cpu", unless=inference_only),
+        # It reads the cache once for every 8 query vectors of a key head, so prompts are not for it.
+        "cuda": Limits(
+            "cuda", ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)}, capability=(8, 0), unless=_in_pieces
+        ),
+    },
     check,
     "on the reference: the kernels are for inference",
 )
