@@ -188,6 +188,37 @@ def kv_append(tokens: int, heads: int, dim: int) -> Callable[[torch.device, bool
     return make
 
 
+def paged_decode(batch: int, length: int, heads: int, kv_heads: int) -> Callable[[torch.device, bool], Entry]:
+    """One row a sequence against bf16 pages of 16 in shuffled order; the peer reads contiguous keys and values."""
+
+    def make(device: torch.device, small: bool) -> Entry:
+        count, dim = (2, 64) if small else (batch, 128)
+        pages = (40 if small else length) // 16  # a sequence
+        moved = 4.0 * count * pages * 16 * kv_heads * dim
+        copies = copies_of(moved)
+        caches = [randn(2, count * pages, 16, kv_heads, dim, device=device) for _ in range(copies)]
+        tables = [torch.randperm(count * pages, device=device).int().view(count, pages) for _ in range(copies)]
+        lens = torch.full((count,), pages * 16, dtype=torch.int32, device=device)
+        q = randn(count, heads, dim, device=device)
+        ours = "cuda" if device.type == "cuda" else "auto"
+
+        def dense(i: int) -> torch.Tensor:
+            k, v = caches[i].view(2, count, pages * 16, kv_heads, dim).transpose(2, 3)
+            return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+        return Entry(
+            {
+                f"pyarch {ours}": lambda i: pyarch.paged_attention(q, *caches[i], tables[i], lens, backend=ours),
+                "torch SDPA, contiguous": dense,
+            },
+            copies,
+            flops=4.0 * count * heads * pages * 16 * dim,
+            moved=moved,
+        )
+
+    return make
+
+
 def cases() -> Iterator[Case]:
     """In the order in which they are worth having."""
     yield Case("peers", "ceiling", "copy", copy_bandwidth)
@@ -208,3 +239,5 @@ def cases() -> Iterator[Case]:
         yield Case("bench", "quant_matmul int4 g32", f"M{m} N4096 K4096", int4_matmul(m, 4096, 4096, 32))
     for tokens, heads in ((1, 8), (64, 8), (8192, 8), (8192, 32)):
         yield Case("bench", "kv_append", f"T{tokens} H{heads} D128", kv_append(tokens, heads, 128))
+    for shape in ((1, 4096, 32, 8), (16, 4096, 32, 8), (64, 2048, 32, 8), (1, 65536, 32, 8), (16, 2048, 32, 32)):
+        yield Case("bench", "paged decode", "B{} KV{} H{}/{} D128".format(*shape), paged_decode(*shape))

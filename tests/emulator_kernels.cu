@@ -85,9 +85,9 @@ PYARCH_KERNEL PYARCH_THREADS(kBlock, 1)
   if (thread == 0) {
     if (bug != no_fence) fence();
     last = atomic_add(arrived, 1) == blocks - (bug == last_one_early ? 2 : 1);
+    fence();
   }
   if (!sync_any(last)) return;
-  fence();
   float sum = 0;
   for (int64_t block = 0; block < blocks; ++block) sum += left[block * kBlock + thread];
   y[thread] = sum;

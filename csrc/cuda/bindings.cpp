@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
                "cu_seqlens_q: must be int32 (B+1) on q's GPU");
   PYARCH_CHECK(cu_seqlens_q ? c.batch > 0 || c.total == 0 : c.total == c.batch,
                "q: must have one row per sequence, or cu_seqlens_q");
-  PYARCH_CHECK(c.total < (int64_t{1} << 31) && c.columns < (int64_t{1} << 31) && c.q_heads < 65536 &&
-                   c.page_size < (int64_t{1} << 31),
+  PYARCH_CHECK(c.total + c.batch < (int64_t{1} << 31) && c.columns < (int64_t{1} << 31) &&
+                   c.q_heads < 65536 && c.page_size < (int64_t{1} << 31),
                "q, block_table: too many rows, heads or columns");
   PYARCH_CHECK(window_left >= -1 && window_right >= -1, "window: must be at least -1");
   PYARCH_CHECK(softcap >= 0, "softcap: must be at least 0");

@@ -136,9 +136,9 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
     if (thread == 0) {
       fence();
       last = atomic_add(c.arrived + tile_head, 1) == blocks - 1;
+      fence();
     }
     if (!sync_any(last)) return;
-    fence();
     const Global<const float> partial = c.partial + tile_head * c.splits * partial_floats;
     for (int64_t done = 0; done < count; done += kBatch) {
       const int batch = static_cast<int>(count - done < kBatch ? count - done : kBatch);
@@ -256,19 +256,20 @@ void pyarch_paged_attention_plan(PagedAttention* p) {
   plan.rows_a_tile = p->starts ? plan.lanes / plan.heads_a_tile : 1;
   plan.tiles = p->starts ? p->total / plan.rows_a_tile + p->batch : p->total;
   plan.head_tiles = p->heads * ceil(group, plan.heads_a_tile);
-  // Positions that a tile can attend to, and splits that these can touch.
-  const int64_t capacity = p->columns * p->page_size, span = p->left + p->right + plan.rows_a_tile;
-  const int64_t touched = (span - 1) / pyarch::kSplit + 2, all = ceil(capacity, pyarch::kSplit);
+  // Positions that a tile can attend to (lengths are int32), and splits that these can touch.
+  constexpr int64_t longest = int64_t{1} << 31;
+  const int64_t columns = p->columns < longest / p->page_size ? p->columns : longest / p->page_size + 1;
+  const int64_t span = p->left + p->right + plan.rows_a_tile;
+  const int64_t touched = (span - 1) / pyarch::kSplit + 2, all = ceil(columns * p->page_size, pyarch::kSplit);
   plan.splits = touched < all ? touched : all;
   if (plan.splits < 1) plan.splits = 1;
-  const int64_t blocks = plan.tiles * plan.head_tiles;
   // Enough blocks to fill the GPU; each takes every grid_splits-th split of its tile.
-  constexpr int64_t enough = 1024, most_bytes = int64_t{256} << 20;
+  constexpr int64_t enough = 1024, most_floats = int64_t{64} << 20;
+  const int64_t blocks = plan.tiles * plan.head_tiles, floats = plan.lanes * (p->dim + 2);
   plan.grid_splits = blocks > 0 ? ceil(enough, blocks) : 1;
   if (plan.grid_splits > plan.splits) plan.grid_splits = plan.splits;
-  plan.partial_floats = blocks * plan.splits * plan.lanes * (p->dim + 2);
-  if (plan.grid_splits == 1 || 4 * plan.partial_floats > most_bytes)
-    plan.grid_splits = 1, plan.partial_floats = 0;
+  if (blocks > 0 && plan.splits > most_floats / floats / blocks) plan.grid_splits = 1;
+  if (plan.grid_splits > 1) plan.partial_floats = blocks * plan.splits * floats;
   p->plan = plan;
 }
 

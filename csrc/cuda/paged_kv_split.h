@@ -21,7 +21,7 @@ PYARCH_DEVICE void score_keys(const Call<T>& c, Shared<const T> keys, Shared<con
   const int part = static_cast<int>(threadIdx.x) % kPerKey, first = static_cast<int>(threadIdx.x) / kPerKey;
   const int stride = c.key_bytes / static_cast<int>(sizeof(T));
   float sum[keys_a_thread][L] = {};
-#pragma unroll 2
+#pragma unroll 1  // two at a time cost 50 registers at 8 lanes
   for (int d = part * E; d < c.dim; d += kPerKey * E) {
     float key[keys_a_thread][E];
 #pragma unroll

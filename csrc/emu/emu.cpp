@@ -32,7 +32,7 @@ struct Copy {
   void* to;
   const void* from;
 };
-struct Write {  // that no fence followed
+struct Write {
   unsigned char *to, value;
 };
 
@@ -49,7 +49,8 @@ struct Fiber {
 };
 
 std::vector<std::unique_ptr<Region>> regions;  // pointers keep their addresses
-std::vector<Write> withheld;                   // of blocks that ended, until the launch ends
+std::vector<Write> late;  // what the running block let an atomic pass: as others see it, and go on seeing it
+std::vector<Write> withheld;  // of blocks that ended, until the launch ends
 Region block_memory{0, 0, "shared memory", {}};
 std::vector<Fiber> fibers;  // those of the running block
 Fiber* running = nullptr;
@@ -154,19 +155,29 @@ bool open_shuffle(size_t first) {
 void publish_all() {
   for (const auto& region : regions)
     region->seen.assign(region->bytes(), region->bytes() + region->seen.size());
+  for (const Write& write : late) *write.to = write.value;
+}
+
+template <class Function>
+void for_unseen(const Function& f) {  // f(region, byte) for what the block wrote and did not fence
+  for (const auto& region : regions) {
+    if (std::memcmp(region->bytes(), region->seen.data(), region->seen.size()) == 0) continue;
+    for (size_t i = 0; i < region->seen.size(); ++i)
+      if (region->bytes()[i] != region->seen[i]) f(*region, i);
+  }
 }
 
 // Takes back what the block that ended wrote after its last fence.
 void withhold() {
-  for (const auto& region : regions) {
-    unsigned char* now = region->bytes();
-    if (std::memcmp(now, region->seen.data(), region->seen.size()) == 0) continue;
-    for (size_t i = 0; i < region->seen.size(); ++i)
-      if (now[i] != region->seen[i]) withheld.push_back({now + i, now[i]}), now[i] = region->seen[i];
-  }
+  for_unseen([](Region& region, size_t i) {
+    unsigned char* byte = region.bytes() + i;
+    withheld.push_back({byte, *byte});
+    *byte = region.seen[i];
+  });
 }
 
 void run_block(size_t threads) {
+  late.clear();
   fibers.resize(threads);
   for (size_t i = 0; i < threads; ++i) start(fibers[i], i);
   std::vector<Fiber*> able;
@@ -237,6 +248,8 @@ void publish(const void* p, size_t bytes) {
     if (region->begin <= at && at < region->end && !region->seen.empty())
       std::memcpy(&region->seen[at - region->begin], p, bytes);
   }
+  if (random(2))
+    for_unseen([](Region& region, size_t i) { late.push_back({&region.seen[i], region.seen[i]}); });
 }
 
 uint64_t shuffle(uint64_t value, int from_lane) {
@@ -288,7 +301,7 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
       blockIdx = dim3(n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y);
       std::fill(memory.begin(), memory.end(), 0xff);
       run_block(threads);
-      random(2) ? withhold() : publish_all();
+      !late.empty() || random(2) ? withhold() : publish_all();
     }
   } catch (const std::exception& error) {
     fault = error.what();

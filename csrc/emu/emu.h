@@ -4,7 +4,8 @@
 //   block     one at a time, in random order; its dynamic shared memory starts as 0xff bytes (NaN)
 //   thread    a fiber; barriers, shuffles, atomics and some accesses hand over to a random other one
 //   access    through Checked pointers: outside its allocation, or misaligned, it ends the launch
-//   fence     what a block wrote and did not fence may stay unseen by others until the launch ends
+//   fence     what a block wrote and did not fence before its next atomic, or its end, may stay unseen by
+//             others until the launch ends
 //   cp16      lands at a random time between its issue and the wait for its group
 //   deadlock  threads that wait for others that never come end the launch
 //
