@@ -1,4 +1,5 @@
-"""Attention forward against torch's fused kernel, and against the two matrix products and the softmax written out."""
+"""Attention against torch's fused kernel, and against the two matrix products and the softmax written out; its
+gradient against the fused kernel's."""
 
 import torch
 import torch.nn.functional as F
@@ -65,3 +66,53 @@ def bench_flash_attention_written_out_fp32(case):
 @contest("attention, bf16, against matmul and softmax", cases=FULL, goal=1.0)
 def bench_flash_attention_written_out_bf16(case):
     return _attention(case, torch.bfloat16, WRITTEN_OUT)
+
+
+# SDPA's gradient has no groups: cases whose heads have keys of their own.
+TRAINED = {name: case for name, case in CASES.items() if case["heads"] == case["kv_heads"] and case["rows"] <= 4096}
+
+
+def _gradient(case: dict, dtype: torch.dtype, forward: bool) -> Entry:
+    shape = case["batch"], case["heads"], case["rows"], case["head_dim"]
+    q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+    d_out = torch.randn(shape).to(dtype)
+
+    def training(attend):
+        out = None if forward else attend()
+
+        def run():
+            with torch.inference_mode(False), torch.enable_grad():
+                return torch.autograd.grad(attend() if out is None else out, (q, k, v), d_out, retain_graph=not forward)
+
+        return run
+
+    ours = training(lambda: pyarch.flash_attention(q, k, v, causal=case["causal"]))
+    theirs = training(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case["causal"]))
+    return Entry(
+        ours,
+        {FUSED: theirs},
+        flops=flops(case) * (7 if forward else 5) // 2,  # five products in the gradient for two in the forward
+        compute="bf16" if dtype == torch.bfloat16 else "fp32",
+        moved=bytes_moved(case, dtype) * 2,
+        memory="l3",
+    )
+
+
+@contest("attention backward, fp32, against SDPA", cases=TRAINED, goal=1.3)
+def bench_flash_attention_backward_fp32(case):
+    return _gradient(case, torch.float32, forward=False)
+
+
+@contest("attention backward, bf16, against SDPA", cases=TRAINED, goal=2.0)
+def bench_flash_attention_backward_bf16(case):
+    return _gradient(case, torch.bfloat16, forward=False)
+
+
+@contest("attention forward and backward, fp32, against SDPA", cases=TRAINED, goal=1.3)
+def bench_flash_attention_training_fp32(case):
+    return _gradient(case, torch.float32, forward=True)
+
+
+@contest("attention forward and backward, bf16, against SDPA", cases=TRAINED, goal=2.0)
+def bench_flash_attention_training_bf16(case):
+    return _gradient(case, torch.bfloat16, forward=True)

@@ -23,7 +23,7 @@ struct Head {
   const Sequence* sequence;
   int64_t kv_head, tiles;
   float* parts;
-  int64_t count, step;  // of parts
+  int64_t span, count, step;  // keys of a part, parts, floats of a part
 };
 
 // Which pieces add to the same elements of the bias's gradient, and follow one another.
@@ -41,18 +41,16 @@ void run(const Call<T>& call, const Gradient<T>& gradient, const std::vector<Seq
   using Work = Backward<T, DotOf<T>>;
   const int64_t heads = static_cast<int64_t>(sequences.size()) * gradient.kv_heads;
   std::vector<Head> all;
-  std::vector<int64_t> spans;
   int64_t work = 0, floats = 0, tiles = 0;
   for (const Sequence& s : sequences) {
     const int64_t n = (s.q_length * call.group + kRows - 1) / kRows, step = n * Work::part_size(call);
     const int64_t blocks = (s.k_length + Work::kSpan - 1) / Work::kSpan;
     const int64_t wanted = std::clamp<int64_t>((kParts + heads - 1) / std::max<int64_t>(heads, 1), 1,
                                                std::max<int64_t>(blocks, 1));
-    const int64_t span = std::max<int64_t>((blocks + wanted - 1) / wanted, 1);
-    const int64_t count = std::max<int64_t>((blocks + span - 1) / span, 1);
+    const int64_t span = std::max<int64_t>((blocks + wanted - 1) / wanted, 1) * Work::kSpan;
+    const int64_t count = (s.k_length + span - 1) / span;
     for (int64_t h = 0; h < gradient.kv_heads; ++h) {
-      all.push_back({&s, h, n, nullptr, count, step});
-      spans.push_back(span * Work::kSpan);
+      all.push_back({&s, h, n, nullptr, span, count, step});
       floats += count * step, tiles += n;
     }
     work += s.q_length * call.heads * (s.k_length + 1) * (call.head_dim + call.value_dim);
@@ -61,14 +59,13 @@ void run(const Call<T>& call, const Gradient<T>& gradient, const std::vector<Seq
   float* next = static_cast<float*>(memory.data_ptr());
   std::map<std::array<int64_t, 3>, std::vector<std::pair<const Head*, Piece>>> groups;
   std::vector<std::pair<const Head*, int64_t>> tile_of;
-  for (size_t i = 0; i < all.size(); ++i) {
-    Head& head = all[i];
+  for (Head& head : all) {
     head.parts = next;
     next += head.count * head.step;
     for (int64_t n = 0; n < head.count; ++n)
       groups[group_of(d_bias, packed, n, head.sequence - sequences.data(), head.kv_head)].push_back(
           {&head,
-           {n * spans[i], std::min((n + 1) * spans[i], head.sequence->k_length),
+           {n * head.span, std::min((n + 1) * head.span, head.sequence->k_length),
             head.parts + n * head.step}});
     for (int64_t n = 0; n < head.tiles; ++n) tile_of.push_back({&head, n});
   }
@@ -89,7 +86,7 @@ void run(const Call<T>& call, const Gradient<T>& gradient, const std::vector<Seq
   });
   each(tiles, [&](int64_t i) {
     const auto& [head, n] = tile_of[i];
-    Work(call, gradient, *head->sequence, head->kv_head).finish(n, head->parts, head->count, head->step);
+    Work(call, gradient, *head->sequence, head->kv_head).finish(n, head->parts, head->span, head->step);
   });
   if (!d_sinks) return;
   const int64_t batch = packed ? 1 : static_cast<int64_t>(sequences.size());
@@ -166,9 +163,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_backw
     if (bias_gradient) g.d_bias_strides = check_broadcast("bias", d_bias, q, k);
     g.d_q = static_cast<T*>(d_q.data_ptr()), g.d_k = static_cast<T*>(d_k.data_ptr());
     g.d_v = static_cast<T*>(d_v.data_ptr()), g.kv_heads = k.size(1), g.keys = k.size(2);
-    // The bias's gradient is the one result that may have more digits than a 16-bit out.
+    // The gradient of an fp32 bias is the one result that may have more digits than a 16-bit out.
     run(call_of<T>(arguments), g, sequences, cu_seqlens_q.has_value(), bias_gradient ? &d_bias : nullptr,
-        bias_gradient && sizeof(T) == 2, sinks ? static_cast<float*>(d_sinks.data_ptr()) : nullptr);
+        bias_gradient && sizeof(T) == 2 && bias->scalar_type() == ScalarType::Float,
+        sinks ? static_cast<float*>(d_sinks.data_ptr()) : nullptr);
   });
   if (slopes_gradient) sum_slopes(each, sequences, d_slopes);
   return {d_q, d_k, d_v, d_sinks, d_bias, d_slopes};

@@ -73,19 +73,18 @@ class Backward : Block<T, Dot> {
     });
   }
 
-  // dK and dV of the keys from `first` to `last`, and what they add to dQ: parts of all tiles.
+  // dK and dV of the keys from `first` to `last`, and what they add to dQ: parts of the tiles that see them.
   void run(int64_t first, int64_t last, float* parts) {
     const int64_t tiles = (s.q_length * c.group + kRows - 1) / kRows;
-    std::fill_n(parts, tiles * part_size(c), 0.0f);
+    for (int64_t n = 0; n < tiles; ++n)
+      if (sees(n, first, last)) std::fill_n(parts + n * part_size(c), part_size(c), 0.0f);
     for (int64_t j0 = first; j0 < last; j0 += kSpan) {
       const int64_t j1 = std::min(last, j0 + kSpan);
       load_span(j0, j1);
       std::fill_n(d_k, kSpan * ld, 0.0f);
       std::fill_n(d_v, kSpan * v_ld, 0.0f);
       for (int64_t n = 0; n < tiles; ++n) {
-        const int64_t own = s.k_length - s.q_length, row = n * kRows;
-        const int64_t end = std::min(row + kRows, s.q_length * c.group) - 1;
-        if (end / c.group + own + c.right < j0 || row / c.group + own - c.left >= j1) continue;
+        if (!sees(n, j0, j1)) continue;
         prepare(n);
         pack_rows(c.q, c.q_strides, c.head_dim, ld, q_rows);
         pack_rows(g.d_out, g.d_out_strides, c.value_dim, v_ld, do_rows);
@@ -99,14 +98,15 @@ class Backward : Block<T, Dot> {
     }
   }
 
-  // dQ of a tile's rows from `count` parts, `step` floats apart.
-  void finish(int64_t tile, const float* parts, int64_t count, int64_t step) {
+  // dQ of a tile's rows from the parts of every `span` keys, `step` floats apart.
+  void finish(int64_t tile, const float* parts, int64_t span, int64_t step) {
     Base::place(rows, tile * kRows, std::min<int64_t>(kRows, s.q_length * c.group - tile * kRows));
     parts += tile * part_size(c);
     const int lanes = rows.vectors * W;
     const auto sum = [&](int64_t at) {
-      F x = load(parts + at);
-      for (int64_t n = 1; n < count; ++n) x = x + load(parts + n * step + at);
+      F x = zero();
+      for (int64_t j = 0, n = 0; j < s.k_length; j += span, ++n)
+        if (sees(tile, j, std::min(j + span, s.k_length))) x = x + load(parts + n * step + at);
       return x;
     };
     for (int r = 0; r < rows.vectors; ++r) {
@@ -126,6 +126,13 @@ class Backward : Block<T, Dot> {
   }
 
  private:
+  // Whether a row of the tile can see a key from `first` to `last`.
+  bool sees(int64_t tile, int64_t first, int64_t last) const {
+    const int64_t own = s.k_length - s.q_length, row = tile * kRows;
+    const int64_t end = std::min(row + kRows, s.q_length * c.group) - 1;
+    return end / c.group + own + c.right >= first && row / c.group + own - c.left < last;
+  }
+
   int64_t index(int m) const {
     return (s.batch * c.heads + rows.head[m]) * c.rows + s.q_start + rows.query[m];
   }
@@ -178,14 +185,15 @@ class Backward : Block<T, Dot> {
     }
   }
 
-  // Scores of block b, as exponents of 2 before the lse is taken off, and dP.
+  // Scores of block b from its key `skip` on, which is j, as exponents of 2 before the lse is taken off, and
+  // dP.
   template <int R>
-  void score_block(int64_t j, int b, int keys) {
+  void score_block(int64_t j, int b, int skip, int keys) {
     const int padded = static_cast<int>(round_up(keys, kColumns));
     const float factor = c.softcap > 0 ? c.scale / c.softcap : c.scale * kLog2e;
     F most[R];
-    score<Dot, R>(do_tile, v[b], v_steps[b], padded, v_words, 1.0f, d_scores, most);
-    score<Dot, R>(q_tile, k[b], k_steps[b], padded, words, factor, scores, most);
+    score<Dot, R>(do_tile, v[b] + skip * v_steps[b], v_steps[b], padded, v_words, 1.0f, d_scores, most);
+    score<Dot, R>(q_tile, k[b] + skip * k_steps[b], k_steps[b], padded, words, factor, scores, most);
     if (!this->plain(rows, j, padded)) this->template adjust<R>(rows, j, keys, padded, most, bend);
   }
 
@@ -193,21 +201,24 @@ class Backward : Block<T, Dot> {
 
   template <int R>
   void differentiate(int64_t j0, int b, int64_t j1, float* part) {
-    const int64_t j = j0 + b * kKeys;
-    if (rows.begin >= std::min(j + kKeys, j1) || rows.end <= j) return;
-    const int keys = static_cast<int>(std::min({int64_t{kKeys}, j1 - j, rows.end - j}));
+    const int64_t block = j0 + b * kKeys;
+    if (rows.begin >= std::min(block + kKeys, j1) || rows.end <= block) return;
+    const int skip = static_cast<int>(std::max<int64_t>(rows.begin - block, 0) / kColumns * kColumns);
+    const int keys = static_cast<int>(std::min({int64_t{kKeys}, j1 - block, rows.end - block})) - skip;
     const int padded = static_cast<int>(round_up(keys, kColumns));
-    score_block<R>(j, b, keys);
+    const int64_t j = block + skip, at = b * kKeys + skip;
+    score_block<R>(j, b, skip, keys);
     derive<R>(j, padded, part);
     if (g.d_bias) add_bias<R>(j, keys);
     const float *p = kPer == 1 ? scores : p_lanes, *ds = kPer == 1 ? d_scores : ds_lanes;
     const int64_t step = R * W / kPer;
     const int depth = (rows.rows + kPer - 1) / kPer;
-    combine<Dot>(do_rows, v_ld, p, step, padded, depth, d_v + b * kKeys * v_ld);
-    combine<Dot>(q_rows, ld, ds, step, padded, depth, d_k + b * kKeys * ld);
+    combine<Dot>(do_rows, v_ld, p, step, padded, depth, d_v + at * v_ld);
+    combine<Dot>(q_rows, ld, ds, step, padded, depth, d_k + at * ld);
     F one[R];
     for (int r = 0; r < R; ++r) one[r] = set1(1.0f);
-    accumulate<Dot, R>(d_scores, k_columns[b], column_steps[b], columns, (keys + kPer - 1) / kPer, one, part);
+    accumulate<Dot, R>(d_scores, k_columns[b] + skip / kPer * column_steps[b], column_steps[b], columns,
+                       (keys + kPer - 1) / kPer, one, part);
   }
 
   // P and dS of a block of keys from j on, in the layouts of the three products; the gradient of the slopes.
@@ -264,10 +275,19 @@ class Backward : Block<T, Dot> {
       }
       return;
     }
-    for (int m = 0; m < rows.rows; ++m) {
-      float* to = at(m);
-      for (int n = 0; n < keys; ++n) to[n * t.column] += addend[n * R * W + m];
-    }
+    for (int r = 0; r < R && t.column == 1; ++r)
+      for (int n = 0; n < keys; n += W) {
+        const int left = std::min(W, keys - n);
+        F x[W];
+        for (int i = 0; i < W; ++i) x[i] = load(addend + ((n + i) * R + r) * W);
+        transpose(x);
+        for (int i = 0; i < std::min(W, rows.rows - r * W); ++i) {
+          float* to = at(r * W + i) + n;
+          store(to, load(to, left) + x[i], left);
+        }
+      }
+    for (int m = 0; m < rows.rows && t.column != 1; ++m)
+      for (int n = 0; n < keys; ++n) at(m)[n * t.column] += addend[n * R * W + m];
   }
 
   // dO . O, summed in the order of dP: one key alone gives exactly 0 for dS.
@@ -293,7 +313,7 @@ class Backward : Block<T, Dot> {
     for (int64_t j = rows.begin / kKeys * kKeys; j < rows.end; j += kKeys) {
       const int keys = static_cast<int>(std::min<int64_t>(kKeys, rows.end - j));
       load_block(j, 0, j + keys);
-      score_block<R>(j, 0, keys);
+      score_block<R>(j, 0, 0, keys);
       for (int r = 0; r < R; ++r)
         for (int n = 0; n < keys; ++n) {
           const int64_t at = (n * R + r) * W;
