@@ -19,6 +19,7 @@ struct fp16 {
 };
 
 PYARCH_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+PYARCH_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 PYARCH_DEVICE float to_float(float x) { return x; }
 PYARCH_DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -65,6 +66,10 @@ PYARCH_DEVICE void unpack(Bytes16 bytes, float* to) {
   unpack_word(bytes.y, T{}, to + each);
   unpack_word(bytes.z, T{}, to + 2 * each);
   unpack_word(bytes.w, T{}, to + 3 * each);
+}
+
+PYARCH_DEVICE Bytes16 pack(const float* from) {
+  return {float_to_bits(from[0]), float_to_bits(from[1]), float_to_bits(from[2]), float_to_bits(from[3])};
 }
 
 }  // namespace pyarch

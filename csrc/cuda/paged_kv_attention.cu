@@ -107,7 +107,8 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
 #pragma unroll
       for (int lane = 0; lane < L; ++lane)
 #pragma unroll
-        for (int e = 0; e < E; ++e) sums[(first * L + lane) * c.dim + mine + e] = sum[lane][e];
+        for (int e = 0; e < E; e += 4)
+          store16(sums + (first * L + lane) * c.dim + mine + e, pack(sum[lane] + e));
     if (!in_memory && thread < L) {
       float a_lane, b_lane;
       fold(m_split[thread], l_split[thread], m, l, a_lane, b_lane);
