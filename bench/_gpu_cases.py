@@ -67,10 +67,10 @@ def matmul_ceiling(dtype: torch.dtype) -> Callable[[torch.device, bool], Entry]:
     return make
 
 
-# ---- peers of ops to come
+# ---- peers, of attention also against ours
 
 
-def sdpa(b: int, h: int, s: int, d: int, causal: bool) -> Callable[[torch.device, bool], Entry]:
+def sdpa(b: int, h: int, s: int, d: int, causal: bool, against: bool = False) -> Callable[[torch.device, bool], Entry]:
     def make(device: torch.device, small: bool) -> Entry:
         length = 64 if small else s
         q, k, v = (randn(b, h, length, d, device=device) for _ in range(3))
@@ -84,6 +84,9 @@ def sdpa(b: int, h: int, s: int, d: int, causal: bool) -> Callable[[torch.device
 
         able = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
         calls = {f"SDPA {one.name.lower()}": call(one) for one in (able if device.type == "cuda" else able[:1])}
+        if against:
+            ours = "triton" if device.type == "cuda" else "auto"
+            calls[f"pyarch {ours}"] = lambda _: pyarch.flash_attention(q, k, v, causal=causal, backend=ours)
         return Entry(calls, copies=1, flops=4 * b * h * length**2 * d / (2 if causal else 1))
 
     return make
@@ -232,6 +235,10 @@ def cases() -> Iterator[Case]:
         yield Case("peers", "conv2d", label, cudnn_convolution(*shape))
     for shape in ((1, 256, 512, 2), (64, 256, 512, 2), (64, 128, 1024, 1)):
         yield Case("peers", "lstm", "B{} T{} H{} L{}".format(*shape), cudnn_lstm(*shape))
+    for b, h, s, d in ((4, 16, 512, 64), (4, 16, 1024, 128), (4, 16, 2048, 64), (2, 16, 8192, 128), (1, 32, 16384, 64)):
+        for causal in (False, True):
+            label = f"B{b} H{h} S{s} D{d}{' causal' * causal}"
+            yield Case("bench", "flash_attention", label, sdpa(b, h, s, d, causal, against=True))
     for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192)):
         for m in (1, 4, 16, 64, 256, 2048):
             yield Case("bench", "quant_matmul int4 g128", f"M{m} N{n} K{k}", int4_matmul(m, n, k, 128))

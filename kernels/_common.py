@@ -49,6 +49,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def bound(x):
+    """An integer as a bound of range(), for which Triton 3.6's interpreter takes Python's alone."""
+    if INTERPRETING:
+        return tl.cast(x, tl.int32).handle.data.item()
+    else:
+        return x
+
+
+@triton.jit
 def activate(y, CODE: tl.constexpr, slope):
     """The activation of a fp32 value; codes as pyarch/ops/_activation.py encodes them."""
     if CODE == 0:

@@ -7,7 +7,8 @@ Triton kernels go through their own host functions, on CPU tensors, under a driv
 is compiled is what a GPU would run, specialisations included. CUDA kernels are compiled by nvcc, where there is one.
 
 A kernel fails if it spills, if its shared memory does not fit the chip, or if it needs more registers or shared memory
-than the table says for this compiler. A compiler that the table does not know is held to the first two.
+than the table says for this compiler, or has lost the wgmma instructions that the table counts. A compiler that the
+table does not know is held to the first two.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from triton.backends.compiler import GPUTarget
 TABLE = Path(__file__).with_suffix(".json")
 CSRC = Path(__file__).parent.parent / "csrc"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # what a block can have, by compute capability
-Costs = dict[str, int]  # registers a thread, bytes spilled a thread, bytes of shared memory a block
+# Registers a thread, bytes spilled a thread, bytes of shared memory a block; wgmma instructions, where there are any.
+Costs = dict[str, int]
 
 
 def quant_matmul_calls() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
@@ -55,7 +57,35 @@ def quant_matmul_calls() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         yield label, lambda arguments=arguments: quant_matmul.forward(*arguments)
 
 
-TRITON = {"quant_matmul": quant_matmul_calls}
+def flash_attention_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every config of config_for, with the features of language models and with all that it is for together."""
+    from pyarch.kernels import flash_attention
+
+    most = "packed window sinks softcap alibi"
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for d, dv, rows, dtype, features in [
+        *((d, d, rows, bf16, f) for d in (64, 128, 256) for rows in (4096, 48) for f in ("causal", most)),
+        *((d, d, 4096, dtype, f"{most} bias mask") for d in (64, 128, 256) for dtype in (bf16, fp32)),
+        *((d, d, 4096, dtype, f"{most} bias mask") for d, dtype in ((127, bf16), (255, bf16), (255, fp32))),
+        (128, 128, 4096, bf16, "bias"), (128, 128, 4096, fp16, ""), (96, 80, 4096, bf16, "causal"),
+        (64, 64, 4096, fp32, "causal"),
+    ]:  # fmt: skip
+        heads, keys = 8, 4096
+        q, k, v = (torch.empty(1, *of, dtype=dtype) for of in ((heads, rows, d), (2, keys, d), (2, keys, dv)))
+        cu = torch.empty(5, dtype=torch.int32) if "packed" in features else None
+        bias, mask = (
+            torch.empty(rows, keys, dtype=of).expand(1, heads, rows, keys) if name in features else None
+            for name, of in (("bias", dtype), ("mask", torch.bool))
+        )
+        sinks, slopes = (torch.empty(heads) if name in features else None for name in ("sinks", "alibi"))
+        left, right = 128 if "window" in features else -1, 0 if "window" in features or "causal" in features else -1
+        numbers = left, right, 30.0 if "softcap" in features else 0.0, 0.125
+        label = f"d{d} dv{dv} rows{rows} {dtype} {features.replace(' ', '+') or 'plain'}".replace("torch.", "")
+        arguments = (q, k, v, sinks, bias, mask, slopes, cu, cu, *numbers)
+        yield label, lambda arguments=arguments: flash_attention.forward(*arguments)
+
+
+TRITON = {"quant_matmul": quant_matmul_calls, "flash_attention": flash_attention_calls}
 
 
 class NullDriver:
@@ -111,6 +141,10 @@ def costs(binary: Path) -> dict[str, Costs]:
         value = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", usage)}
         # The stack holds spills, and arrays that did not fit into registers: traffic to local memory either way.
         found[name] = {"registers": value["REG"], "spills": value["STACK"] + value["LOCAL"], "shared": value["SHARED"]}
+    dump = subprocess.run([tool, "--dump-sass", str(binary)], capture_output=True, check=True, text=True)
+    for name, _, code in (part.partition("\n") for part in dump.stdout.split("Function : ")[1:]):
+        if count := code.count("HGMMA."):
+            found[name.strip()]["wgmma"] = count
     return found
 
 
@@ -148,6 +182,8 @@ def faults(found: dict[str, dict[str, Costs]], table: dict[str, dict[str, Costs]
             for what in ("registers", "shared") if recorded and kernel in recorded else ():
                 if cost[what] > recorded[kernel][what]:
                     wrong.append(f"{kernel} ({compiler}): {what} {cost[what]}, recorded {recorded[kernel][what]}")
+            if recorded and "wgmma" in recorded.get(kernel, ()) and "wgmma" not in cost:
+                wrong.append(f"{kernel} ({compiler}): wgmma is lost, recorded {recorded[kernel]['wgmma']}")
     return wrong
 
 

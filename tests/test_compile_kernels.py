@@ -19,6 +19,9 @@ def test_costs_are_as_recorded():
     run = subprocess.run([sys.executable, str(DRIVER)], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"quant_matmul _matmul_kernel m1 int4 .* sm_90: \d+ registers", run.stdout)
+    for line in run.stdout.splitlines():
+        if "flash_attention" in line and "float32" not in line and "d127" not in line and "d255" not in line:
+            assert ("wgmma" in line) == ("sm_90" in line), line
 
 
 def test_a_dearer_kernel_fails():
@@ -36,3 +39,6 @@ def test_a_dearer_kernel_fails():
     assert "spills 8 bytes" in fault(spills=8, compiler="nvcc 2.0")[0]
     assert "do not fit" in fault(shared=164 * 1024, compiler="nvcc 2.0")[0]
     assert "not in" in fault(kernel="op other sm_80")[0]
+    table["nvcc 1.0"]["op kernel sm_80"]["wgmma"] = 8
+    assert "wgmma is lost" in fault()[0]
+    assert fault(wgmma=4) == []

@@ -36,7 +36,14 @@ def attention():
     return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
 
 
-@pytest.mark.parametrize("make", [matmul, append, attention])
+def dense_attention():
+    q, k, v = (torch.randn(1, heads, 200, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 130, 130, 200], device="cuda", dtype=torch.int32)
+    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    return q, lambda: pyarch.flash_attention(q, k, v, causal=True, **packed, backend="triton")
+
+
+@pytest.mark.parametrize("make", [matmul, append, attention, dense_attention])
 def test_runs_on_the_current_stream(make):
     """On a stream that is behind, the kernel sees what comes before it there and not what is there now."""
     source, call = make()
@@ -52,15 +59,7 @@ def test_runs_on_the_current_stream(make):
     assert same(late, call())
 
 
-def attention():
-    caches = torch.randn(2, 80, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
-    table = torch.randperm(80, device="cuda").to(torch.int32).view(2, 40)
-    lens = torch.tensor([600, 37], device="cuda", dtype=torch.int32)
-    q = torch.randn(2, 8, 64, device="cuda", dtype=torch.bfloat16)
-    return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
-
-
-@pytest.mark.parametrize("make", [matmul, append, attention])
+@pytest.mark.parametrize("make", [matmul, append, attention, dense_attention])
 def test_can_be_captured(make):
     source, call = make()
     call()
@@ -112,7 +111,7 @@ def test_attention_has_the_same_bits_alone():
 def test_other_devices_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    for make in (matmul, append, attention):
+    for make in (matmul, append, attention, dense_attention):
         with torch.cuda.device(1):
             _, call = make()
             want = call().clone()
@@ -128,3 +127,5 @@ def test_auto_is_the_gpu_kernel():
     caches = [torch.zeros(3, 4, 2, 8, device="cuda") for _ in range(2)]
     slots = torch.arange(5, device="cuda")
     assert pyarch.explain(pyarch.kv_append, k, v, *caches, slots).backend == "cuda"
+    q = torch.randn(1, 4, 20, 64, device="cuda", dtype=torch.bfloat16)
+    assert pyarch.explain(pyarch.flash_attention, q, q, q).backend == "triton"

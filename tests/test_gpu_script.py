@@ -26,7 +26,7 @@ def test_dry_run(part, tmp_path):
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert {r["work"] for r in records} == {
         "peers": {"ceiling", "attention", "conv2d", "lstm"},
-        "bench": {"quant_matmul int4 g128", "quant_matmul int4 g32", "kv_append", "paged decode"},
+        "bench": {"flash_attention", "quant_matmul int4 g128", "quant_matmul int4 g32", "kv_append", "paged decode"},
     }[part]
     for r in records:
         assert {"card", "commit", "torch", "date", "us", "graph"} <= r.keys()

@@ -279,7 +279,10 @@ def _fake_backward(
     return *(x.new_empty(x.shape) for x in (q, k, v)), *numbers
 
 
-LIMITS = {"cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)})}
+LIMITS = {
+    "cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)}),
+    "triton": Limits("cuda", ranges={"head_dim": (1, 256), "value_dim": (1, 256)}, capability=(8, 0)),
+}
 FLASH_ATTENTION = Op(
     "flash_attention",
     LIMITS,
@@ -293,6 +296,7 @@ define(
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? alibi_slopes,"
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right, float softcap, float scale) -> (Tensor, Tensor)",
     _fake,
+    triton="flash_attention:forward",
 )
 define(
     "flash_attention_backward",
