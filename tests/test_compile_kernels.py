@@ -39,6 +39,6 @@ def test_a_dearer_kernel_fails():
     assert "spills 8 bytes" in fault(spills=8, compiler="nvcc 2.0")[0]
     assert "do not fit" in fault(shared=164 * 1024, compiler="nvcc 2.0")[0]
     assert "not in" in fault(kernel="op other sm_80")[0]
-    table["nvcc 1.0"]["op kernel sm_80"]["wgmma"] = 8
+    table["nvcc 1.0"]["op kernel sm_80"] = {**cost, "wgmma": 8}
     assert "wgmma is lost" in fault()[0]
     assert fault(wgmma=4) == []
