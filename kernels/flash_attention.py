@@ -58,7 +58,7 @@ def config_for(rows: int, size: int, dtype: torch.dtype, arch: int, scored: bool
     if not whole:
         return Config(16 if size == 256 else 32, 16, chunk, 8, 1)
     if dtype == torch.float32:
-        return Config(32, 32, chunk, 8, 2 if scored or size == 256 else 3)
+        return Config(32, 16 if scored and size == 256 else 32, chunk, 8, 2 if scored or size == 256 else 3)
     if scored:
         return Config(64, 16 if size == 256 else 32, size, 8, 2)
     if size == 256:
