@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import pyarch
 from pyarch import arch, native
 
-ROOT = Path(pyarch.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RUN = """
 import pathlib, sys, torch, pyarch
 assert pathlib.Path(pyarch.__file__).is_relative_to(sys.argv[1]), pyarch.__file__

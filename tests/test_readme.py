@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import pyarch
 from bench import table
 from docs import readme
 
-ROOT = Path(pyarch.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
