@@ -35,14 +35,15 @@ Flash-Decoding for long-context inference, 2023.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from ..dispatch import Facts, Limits, Op
+from ..dispatch import Limits, Op
 from ..native import define, operator, refusal
-from . import _args, _attention
+from . import _args
+from ._paged_checks import check, check_append, in_pieces, inference_only
+from ._paged_formulas import kv_append_reference, paged_attention_reference
 
 
 def kv_append(
@@ -70,21 +71,6 @@ def kv_append(
         )
     except RuntimeError as error:
         raise refusal(error) from None
-
-
-def kv_append_reference(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """The definition, in plain PyTorch: any device and dtype. ValueError for a slot out of range or named twice."""
-    pages, page_size = k_cache.shape[:2]
-    kept = slot_mapping >= 0
-    slots = slot_mapping[kept]
-    if bool((slot_mapping < -1).any()) or bool((slots >= pages * page_size).any()):
-        raise ValueError(f"slot_mapping: slots must be -1 or 0 to {pages * page_size - 1}, these are {slot_mapping}")
-    if slots.unique().numel() != slots.numel():
-        raise ValueError("slot_mapping: a slot is named twice")
-    k_cache[slots // page_size, slots % page_size] = k[kept]
-    v_cache[slots // page_size, slots % page_size] = v[kept]
 
 
 def paged_attention(
@@ -127,176 +113,6 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def paged_attention_reference(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    cu_seqlens_q: torch.Tensor | None = None,
-    causal: bool = True,
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in plain PyTorch, sequence by sequence: differentiable, any device and dtype."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads, head_dim = q.shape[1:]
-    pages, page_size, kv_heads = k_cache.shape[:3]
-    starts = list(range(q.shape[0] + 1)) if cu_seqlens_q is None else cu_seqlens_q.tolist()
-    lens = seq_lens.tolist()
-    check_lengths(starts, lens, q.shape[0], block_table.shape[1] * page_size)
-    left, right = (2**31 if side == -1 else side for side in _attention.window(window, causal))
-    spans = [_span(n, last - first, left, right) for first, last, n in zip(starts[:-1], starts[1:], lens, strict=True)]
-    tables = [block_table[b, low // page_size : -(-high // page_size)].long() for b, (low, high) in enumerate(spans)]
-    for b, used in enumerate(tables):
-        if bool(((used < 0) | (used >= pages)).any()):
-            raise ValueError(f"block_table: row {b} has entries outside 0 to {pages - 1}: {used.tolist()}")
-    outs, lses = [q.new_empty((0, heads, head_dim))], [q.new_empty((0, heads), dtype=wide)]
-    for b, (low, high) in enumerate(spans):
-        rows = q[starts[b] : starts[b + 1]].to(wide)
-        base = low // page_size * page_size
-        keys, values = (
-            cache[tables[b]].flatten(0, 1)[low - base : high - base].to(wide).repeat_interleave(heads // kv_heads, 1)
-            for cache in (k_cache, v_cache)
-        )
-        scores = torch.einsum("rhd,khd->hrk", rows, keys) * (head_dim**-0.5 if scale is None else scale)
-        if softcap > 0:
-            scores = softcap * torch.tanh(scores / softcap)
-        own = torch.arange(lens[b] - rows.shape[0], lens[b], device=q.device)[:, None]
-        away = torch.arange(low, high, device=q.device) - own
-        scores = scores.masked_fill((away < -left) | (away > right), -math.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, rows.shape[0], 1)], -1)
-        lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:2], -math.inf)
-        weights = torch.where(lse[..., None] == -math.inf, 0.0, torch.exp(scores - lse[..., None]))
-        outs.append(torch.einsum("hrk,khd->rhd", weights[..., : high - low], values).to(q.dtype))
-        lses.append(lse.T)
-    return (torch.cat(outs), torch.cat(lses)) if return_lse else torch.cat(outs)
-
-
-def check_lengths(starts: list[int], lens: list[int], total: int, capacity: int) -> None:
-    """Checks the values of cu_seqlens_q (rows in order, all of q's) and seq_lens (what the table can hold)."""
-    if starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
-        raise ValueError(f"cu_seqlens_q: must rise from 0 to {total} (q's rows), not {starts}")
-    if any(not 0 <= n <= capacity for n in lens):
-        raise ValueError(f"seq_lens: must be 0 to {capacity} (what block_table can hold), not {lens}")
-
-
-def _span(length: int, rows: int, left: int, right: int) -> tuple[int, int]:
-    """The positions [low, high) that any of a sequence's rows attends to."""
-    low, high = max(0, length - rows - left), min(length, length + right)
-    return (low, high) if rows and low < high else (0, 0)
-
-
-def check_append(k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Facts:
-    """Checks kv_append's arguments and returns the facts that dispatch compares with its limits."""
-    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
-    device, dtypes = k_cache.device, (k_cache.dtype,)
-    _args.tensor("k", k, rank=3, dtypes=dtypes, device=device)
-    tokens = k.shape[0]
-    _args.shape("k", k, tokens, kv_heads, head_dim)
-    _args.tensor("v", v, dtypes=dtypes, device=device, shape=(tokens, kv_heads, head_dim))
-    _args.writable("k_cache", k_cache)
-    _args.writable("v_cache", v_cache)
-    _args.tensor("slot_mapping", slot_mapping, dtypes=(torch.int64,), device=device, shape=(tokens,))
-    return _facts(k, k_cache, v_cache, _args.needs_grad(k, v, k_cache, v_cache))
-
-
-def check(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_table: Any,
-    seq_lens: Any,
-    *,
-    cu_seqlens_q: Any = None,
-    causal: bool = True,
-    window: Any = None,
-    softcap: float = 0.0,
-    sinks: Any = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> Facts:
-    """Checks paged_attention's arguments and returns the facts that dispatch compares with its limits."""
-    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
-    device = k_cache.device
-    _args.tensor("q", q, rank=3, dtypes=(k_cache.dtype,), device=device)
-    total, heads, q_dim = q.shape
-    if q_dim != head_dim or heads == 0 or heads % kv_heads:
-        raise ValueError(f"q: must be (rows, a multiple of {kv_heads} heads, {head_dim}), not shape {tuple(q.shape)}")
-    _args.tensor("block_table", block_table, rank=2, dtypes=(torch.int32,), device=device)
-    batch = block_table.shape[0]
-    _args.tensor("seq_lens", seq_lens, dtypes=(torch.int32,), device=device, shape=(batch,))
-    if cu_seqlens_q is not None:
-        _args.tensor("cu_seqlens_q", cu_seqlens_q, dtypes=(torch.int32,), device=device, shape=(batch + 1,))
-    elif total != batch:
-        raise ValueError(f"q: without cu_seqlens_q must have one row per sequence ({batch}), not {total}")
-    _attention.window(window)
-    _attention.scaling(softcap, scale)
-    if sinks is not None:
-        _args.tensor("sinks", sinks, dtypes=(q.dtype, torch.float32), device=device, shape=(heads,))
-    return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks), batch)
-
-
-def _check_caches(k_cache: Any, v_cache: Any) -> tuple[int, ...]:
-    """Checks that the caches are alike; returns their shape."""
-    _args.tensor("k_cache", k_cache, rank=4)
-    if not k_cache.is_floating_point():
-        raise TypeError(f"k_cache: dtype must be floating, not {k_cache.dtype}")
-    shape = k_cache.shape
-    _, page_size, kv_heads, head_dim = shape
-    if page_size == 0 or kv_heads == 0 or head_dim == 0:
-        raise ValueError(f"k_cache: page_size, heads and head size must be at least 1, not shape {tuple(shape)}")
-    _args.tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), device=k_cache.device, shape=shape)
-    return shape
-
-
-def _facts(
-    x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requires_grad: bool, sequences: int | None = None
-) -> Facts:
-    _, page_size, _, head_dim = k_cache.shape
-    return {
-        "device": _args.device_type(x),
-        "dtype": x.dtype,
-        "page_size": page_size,
-        "head_dim": head_dim,
-        "requires_grad": requires_grad,
-        "rows_a_sequence": 1 if sequences is None else -(-x.shape[0] // max(1, sequences)),
-        "dense_heads": dense_heads(k_cache, v_cache),
-        "caches": (k_cache, v_cache),
-    }
-
-
-def dense_heads(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether the elements of a head lie side by side in both caches."""
-    return k_cache.stride()[3] == v_cache.stride()[3] == 1 or k_cache.shape[3] == 1
-
-
-def _in_16_bytes(cache: torch.Tensor) -> bool:
-    """Whether every head of every slot begins at a multiple of 16 bytes."""
-    return all(n * cache.itemsize % 16 == 0 for n in (cache.storage_offset(), *cache.stride()[:3]))
-
-
-def inference_only(facts: Facts) -> str | None:
-    """The predicate in the limits of kernels over the caches."""
-    if facts["requires_grad"]:
-        return "is for inference only, and autograd would record this call"
-    return None if facts["dense_heads"] else "needs caches whose last dimension is contiguous"
-
-
-def _in_pieces(facts: Facts) -> str | None:
-    """The predicate of the kernel that copies a head 16 bytes at a time."""
-    if facts["head_dim"] % 8:
-        return f"takes head sizes that are multiples of 8, not {facts['head_dim']}"
-    if not all(map(_in_16_bytes, facts["caches"])):
-        return "needs caches whose heads begin at multiples of 16 bytes"
-    return inference_only(facts)
-
-
 def _append_fake(k, v, k_cache, v_cache, slot_mapping):
     return None
 
@@ -320,7 +136,7 @@ PAGED_ATTENTION = Op(
         "cpu": Limits("cpu", unless=inference_only),
         # It reads the cache once for every 8 query vectors of a key head, so prompts are not for it.
         "cuda": Limits(
-            "cuda", ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)}, capability=(8, 0), unless=_in_pieces
+            "cuda", ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)}, capability=(8, 0), unless=in_pieces
         ),
     },
     check,

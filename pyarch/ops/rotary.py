@@ -33,7 +33,8 @@ import torch
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator, refusal
 from . import _args
-from .paged_kv import dense_heads, inference_only, kv_append_reference
+from ._paged_checks import dense_heads, inference_only
+from ._paged_formulas import kv_append_reference
 
 
 def rotary_append(

@@ -1,0 +1,118 @@
+"""Checks of kv_append's and paged_attention's arguments, and the facts about a call that dispatch compares with limits.
+
+Each raises TypeError or ValueError that names the argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..dispatch import Facts
+from . import _args, _attention
+
+
+def check_append(k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Facts:
+    """Checks kv_append's arguments and returns the facts that dispatch compares with its limits."""
+    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
+    device, dtypes = k_cache.device, (k_cache.dtype,)
+    _args.tensor("k", k, rank=3, dtypes=dtypes, device=device)
+    tokens = k.shape[0]
+    _args.shape("k", k, tokens, kv_heads, head_dim)
+    _args.tensor("v", v, dtypes=dtypes, device=device, shape=(tokens, kv_heads, head_dim))
+    _args.writable("k_cache", k_cache)
+    _args.writable("v_cache", v_cache)
+    _args.tensor("slot_mapping", slot_mapping, dtypes=(torch.int64,), device=device, shape=(tokens,))
+    return _facts(k, k_cache, v_cache, _args.needs_grad(k, v, k_cache, v_cache))
+
+
+def check(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    *,
+    cu_seqlens_q: Any = None,
+    causal: bool = True,
+    window: Any = None,
+    softcap: float = 0.0,
+    sinks: Any = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Facts:
+    """Checks paged_attention's arguments and returns the facts that dispatch compares with its limits."""
+    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
+    device = k_cache.device
+    _args.tensor("q", q, rank=3, dtypes=(k_cache.dtype,), device=device)
+    total, heads, q_dim = q.shape
+    if q_dim != head_dim or heads == 0 or heads % kv_heads:
+        raise ValueError(f"q: must be (rows, a multiple of {kv_heads} heads, {head_dim}), not shape {tuple(q.shape)}")
+    _args.tensor("block_table", block_table, rank=2, dtypes=(torch.int32,), device=device)
+    batch = block_table.shape[0]
+    _args.tensor("seq_lens", seq_lens, dtypes=(torch.int32,), device=device, shape=(batch,))
+    if cu_seqlens_q is not None:
+        _args.tensor("cu_seqlens_q", cu_seqlens_q, dtypes=(torch.int32,), device=device, shape=(batch + 1,))
+    elif total != batch:
+        raise ValueError(f"q: without cu_seqlens_q must have one row per sequence ({batch}), not {total}")
+    _attention.window(window)
+    _attention.scaling(softcap, scale)
+    if sinks is not None:
+        _args.tensor("sinks", sinks, dtypes=(q.dtype, torch.float32), device=device, shape=(heads,))
+    return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks), batch)
+
+
+def _check_caches(k_cache: Any, v_cache: Any) -> tuple[int, ...]:
+    """Checks that the caches are alike; returns their shape."""
+    _args.tensor("k_cache", k_cache, rank=4)
+    if not k_cache.is_floating_point():
+        raise TypeError(f"k_cache: dtype must be floating, not {k_cache.dtype}")
+    shape = k_cache.shape
+    _, page_size, kv_heads, head_dim = shape
+    if page_size == 0 or kv_heads == 0 or head_dim == 0:
+        raise ValueError(f"k_cache: page_size, heads and head size must be at least 1, not shape {tuple(shape)}")
+    _args.tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), device=k_cache.device, shape=shape)
+    return shape
+
+
+def _facts(
+    x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requires_grad: bool, sequences: int | None = None
+) -> Facts:
+    _, page_size, _, head_dim = k_cache.shape
+    return {
+        "device": _args.device_type(x),
+        "dtype": x.dtype,
+        "page_size": page_size,
+        "head_dim": head_dim,
+        "requires_grad": requires_grad,
+        "rows_a_sequence": 1 if sequences is None else -(-x.shape[0] // max(1, sequences)),
+        "dense_heads": dense_heads(k_cache, v_cache),
+        "caches": (k_cache, v_cache),
+    }
+
+
+def dense_heads(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether the elements of a head lie side by side in both caches."""
+    return k_cache.stride()[3] == v_cache.stride()[3] == 1 or k_cache.shape[3] == 1
+
+
+def _in_16_bytes(cache: torch.Tensor) -> bool:
+    """Whether every head of every slot begins at a multiple of 16 bytes."""
+    return all(n * cache.itemsize % 16 == 0 for n in (cache.storage_offset(), *cache.stride()[:3]))
+
+
+def inference_only(facts: Facts) -> str | None:
+    """The predicate in the limits of kernels over the caches."""
+    if facts["requires_grad"]:
+        return "is for inference only, and autograd would record this call"
+    return None if facts["dense_heads"] else "needs caches whose last dimension is contiguous"
+
+
+def in_pieces(facts: Facts) -> str | None:
+    """The predicate of the kernel that copies a head 16 bytes at a time."""
+    if facts["head_dim"] % 8:
+        return f"takes head sizes that are multiples of 8, not {facts['head_dim']}"
+    if not all(map(_in_16_bytes, facts["caches"])):
+        return "needs caches whose heads begin at multiples of 16 bytes"
+    return inference_only(facts)
