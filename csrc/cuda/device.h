@@ -6,7 +6,9 @@
 //   load16, store16        16 bytes at an aligned address, as one access
 //   cp16, commit, wait<N>  asynchronous copy of 16 bytes, global to shared; a group; all but the N newest
 //                          groups done
+//   cp16_part              the same of the first 0 to 16 bytes, with zeros for the others
 //   sync, sync_any         barrier of the block; the same, and whether any of its threads said true
+//   sync_warp              barrier of a warp
 //   fence                  what this thread wrote or, before a barrier, its block did is visible to other
 //   blocks
 //                          before what it writes next; what it reads next is not older than what it read
@@ -59,6 +61,12 @@ PYARCH_DEVICE void cp16(Shared<T> to, Global<const T> from) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
+template <class T>
+PYARCH_DEVICE void cp16_part(Shared<T> to, Global<const T> from, int bytes) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
 PYARCH_DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 PYARCH_DEVICE void wait() {
@@ -67,6 +75,7 @@ PYARCH_DEVICE void wait() {
 
 PYARCH_DEVICE void sync() { __syncthreads(); }
 PYARCH_DEVICE bool sync_any(bool mine) { return __syncthreads_or(mine); }
+PYARCH_DEVICE void sync_warp() { __syncwarp(); }
 PYARCH_DEVICE void fence() { __threadfence(); }
 template <class T>
 PYARCH_DEVICE T shfl_xor(T value, int mask) {

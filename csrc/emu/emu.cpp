@@ -31,20 +31,22 @@ constexpr size_t kStack = 128 << 10;
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
 };
 struct Write {
   unsigned char *to, value;
 };
 
-enum class State { ready, at_barrier, at_shuffle, done };
+enum class State { ready, at_barrier, at_warp, done };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   dim3 thread;
   State state = State::ready;
-  uint64_t offered = 0, received = 0;  // of a shuffle, or of a barrier's votes
-  int from_lane = 0;
+  bool vote = false, any = false;  // at a barrier: its own, and whether one of all was true
+  void* part = nullptr;            // of what its warp does together
+  Together all = nullptr;
   std::vector<std::vector<Copy>> groups;  // copies in flight; the last group is not committed yet
 };
 
@@ -56,7 +58,7 @@ std::vector<Fiber> fibers;  // those of the running block
 Fiber* running = nullptr;
 ucontext_t scheduler;
 const std::function<void()>* body = nullptr;
-std::string fault;
+std::string fault_text;
 uint64_t random_state = 1;
 size_t in_flight = 0;  // copies
 unsigned landing = 0;  // chance in 256 that a copy in flight lands when threads change
@@ -85,7 +87,7 @@ void thread_main() {
     (*body)();
     wait_groups(0);
   } catch (const std::exception& error) {
-    fault = error.what();
+    fault_text = error.what();
   }
   running->state = State::done;
   hand_over();
@@ -111,7 +113,8 @@ void resume(Fiber& fiber) {
 }
 
 void land(const Copy& copy) {
-  std::memcpy(copy.to, copy.from, 16);
+  std::memset(copy.to, 0, 16);
+  if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   --in_flight;
 }
 
@@ -129,26 +132,28 @@ void land_some() {
 // Releases a barrier that every thread which has not ended has come to.
 bool open_barrier() {
   for (const Fiber& fiber : fibers)
-    if (fiber.state == State::at_shuffle) return false;
-  uint64_t any = 0;
+    if (fiber.state == State::at_warp) return false;
+  bool any = false;
   for (const Fiber& fiber : fibers)
-    if (fiber.state == State::at_barrier) any |= fiber.offered;
+    if (fiber.state == State::at_barrier) any = any || fiber.vote;
   for (Fiber& fiber : fibers)
-    if (fiber.state == State::at_barrier) fiber.received = any, fiber.state = State::ready;
+    if (fiber.state == State::at_barrier) fiber.any = any, fiber.state = State::ready;
   return true;
 }
 
-// Releases a warp whose lanes have all come to a shuffle.
-bool open_shuffle(size_t first) {
+// Releases a warp whose lanes have all come to the same thing, and does it.
+bool open_warp(size_t first) {
   const size_t last = std::min(first + 32, fibers.size());
-  for (size_t i = first; i < last; ++i)
-    if (fibers[i].state != State::at_shuffle) return false;
+  void* parts[32];
   for (size_t i = first; i < last; ++i) {
-    const size_t from = first + static_cast<size_t>(fibers[i].from_lane);
-    if (from >= last) fail("a shuffle reads lane ", fibers[i].from_lane, " of a warp of ", last - first);
-    fibers[i].received = fibers[from].offered;
+    if (fibers[i].state != State::at_warp) return false;
+    parts[i - first] = fibers[i].part;
+  }
+  for (size_t i = first; i < last; ++i) {
+    if (fibers[i].all != fibers[first].all) fail("lanes of a warp come to different instructions");
     fibers[i].state = State::ready;
   }
+  fibers[first].all(parts, static_cast<int>(last - first));
   return true;
 }
 
@@ -189,15 +194,14 @@ void run_block(size_t threads) {
     }
     if (able.empty()) {  // everybody waits, so what can be released is complete
       bool released = false;
-      for (size_t first = 0; first < threads; first += 32) released = open_shuffle(first) || released;
+      for (size_t first = 0; first < threads; first += 32) released = open_warp(first) || released;
       if (!released && !open_barrier())
-        fail(
-            "deadlock: some threads wait at a barrier, others at a shuffle that not all of their warp reach");
+        fail("deadlock: some threads wait at a barrier, others for lanes of their warp that do not come");
       continue;
     }
     Fiber*& next = able[random(able.size())];
     resume(*next);
-    if (!fault.empty()) throw std::runtime_error(fault);
+    if (!fault_text.empty()) throw std::runtime_error(fault_text);
     if (next->state == State::done) ++done;
     if (next->state != State::ready) next = able.back(), able.pop_back();
     if (in_flight > 0) land_some();
@@ -227,14 +231,15 @@ void touch(const Region* region, const void* p, size_t bytes, size_t alignment) 
   if (running && random(8) == 0) hand_over();
 }
 
+bool chance() { return random(2) == 0; }
 int lane() { return static_cast<int>((running - fibers.data()) % 32); }
 void yield() { hand_over(); }
 
 bool barrier(bool mine) {
-  running->offered = mine;
+  running->vote = mine;
   running->state = State::at_barrier;
   hand_over();
-  return running->received != 0;
+  return running->any;
 }
 
 void fence() {
@@ -252,16 +257,17 @@ void publish(const void* p, size_t bytes) {
     for_unseen([](Region& region, size_t i) { late.push_back({&region.seen[i], region.seen[i]}); });
 }
 
-uint64_t shuffle(uint64_t value, int from_lane) {
-  running->offered = value;
-  running->from_lane = from_lane;
-  running->state = State::at_shuffle;
+void together(void* part, Together all) {
+  running->part = part;
+  running->all = all;
+  running->state = State::at_warp;
   hand_over();
-  return running->received;
 }
 
-void copy16(void* to, const void* from) {
-  running->groups.back().push_back({to, from});
+void fault(const char* text) { fail(text); }
+
+void copy16(void* to, const void* from, int bytes) {
+  running->groups.back().push_back({to, from, bytes});
   ++in_flight;
 }
 void commit_group() { running->groups.emplace_back(); }
@@ -280,7 +286,7 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
   const unsigned chances[] = {1, 64, 255};
   landing = chances[random(3)];
   in_flight = 0;
-  fault.clear();
+  fault_text.clear();
   body = &thread;
   gridDim = grid;
   blockDim = block;
@@ -304,11 +310,11 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
       !late.empty() || random(2) ? withhold() : publish_all();
     }
   } catch (const std::exception& error) {
-    fault = error.what();
+    fault_text = error.what();
   }
   for (const Write& write : withheld) *write.to = write.value;
   withheld.clear();
-  return fault.empty() ? nullptr : fault.c_str();
+  return fault_text.empty() ? nullptr : fault_text.c_str();
 }
 
 }  // namespace emu

@@ -1,10 +1,11 @@
 // CUDA kernels on the host: what csrc/cuda/device.h means to g++ (-DPYARCH_EMU). It proves indexing, barriers
-// and the order of asynchronous copies; it says nothing of time, bank conflicts or matrix instructions.
+// and the order of asynchronous copies; it says nothing of time or bank conflicts.
 //
 //   block     one at a time, in random order; its dynamic shared memory starts as 0xff bytes (NaN)
 //   thread    a fiber; barriers, shuffles, atomics and some accesses hand over to a random other one
-//   access    through Checked pointers: outside its allocation, or misaligned, it ends the launch
-//   fence     what a block wrote and did not fence before its next atomic, or its end, may stay unseen by
+//   warp      shuffles and matrix instructions (csrc/cuda/mma.h) happen when all of its lanes have come to
+//   one access    through Checked pointers: outside its allocation, or misaligned, it ends the launch fence
+//   what a block wrote and did not fence before its next atomic, or its end, may stay unseen by
 //             others until the launch ends
 //   cp16      lands at a random time between its issue and the wait for its group
 //   deadlock  threads that wait for others that never come end the launch
@@ -39,10 +40,14 @@ void touch(const Region* region, const void* p, size_t bytes, size_t alignment);
 bool barrier(bool mine = false);  // whether any thread that came said true
 void fence();
 void publish(const void* p, size_t bytes);  // these bytes alone, as an atomic does
-uint64_t shuffle(uint64_t value, int from_lane);
+// What a warp does together: every lane comes with its part; then, once, all(parts, lanes).
+using Together = void (*)(void* const* parts, int lanes);
+void together(void* part, Together all);
+[[noreturn]] void fault(const char* text);
+bool chance();  // either, by the seed
 int lane();
 void yield();
-void copy16(void* to, const void* from);
+void copy16(void* to, const void* from, int bytes);  // the first bytes of 16; the others become 0
 void commit_group();
 void wait_groups(int newest);  // until all groups but the newest ones have landed
 const char* run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
@@ -62,8 +67,9 @@ class Checked {
   T& operator*() const { return (*this)[0]; }
   Checked operator+(int64_t i) const { return {p_ + i, region_}; }
   Checked& operator+=(int64_t i) { return *this = *this + i; }
-  T* wide(size_t bytes) const {  // the address of that many aligned bytes, checked as one access
-    touch(region_, p_, bytes, bytes);
+  T* wide(size_t bytes) const { return part(bytes, bytes); }
+  T* part(size_t aligned, size_t bytes) const {  // the address of so many bytes, checked as one access
+    touch(region_, p_, bytes, aligned);
     return p_;
   }
 
@@ -102,7 +108,12 @@ void store16(emu::Checked<T> p, Bytes16 value) {
 template <class T, class U>
 void cp16(emu::Checked<T> to, emu::Checked<U> from) {
   static_assert(std::is_same<const T, const U>::value, "cp16: copies between pointers to one type");
-  emu::copy16(to.wide(16), from.wide(16));
+  emu::copy16(to.wide(16), from.wide(16), 16);
+}
+template <class T, class U>
+void cp16_part(emu::Checked<T> to, emu::Checked<U> from, int bytes) {
+  static_assert(std::is_same<const T, const U>::value, "cp16: copies between pointers to one type");
+  emu::copy16(to.wide(16), bytes > 0 ? from.part(16, bytes) : nullptr, bytes);
 }
 inline void commit() { emu::commit_group(); }
 template <int N>
@@ -113,14 +124,23 @@ void wait() {
 inline void sync() { emu::barrier(); }
 inline bool sync_any(bool mine) { return emu::barrier(mine); }
 inline void fence() { emu::fence(); }
+inline void sync_warp() {
+  emu::together(nullptr, [](void* const*, int) {});
+}
 template <class T>
 T shuffle_from(T value, int from_lane) {
-  static_assert(sizeof(T) <= 8, "shuffles exchange up to 8 bytes");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = emu::shuffle(bits, from_lane);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
+  struct Part {
+    T offered, received;
+    int from_lane;
+  } mine{value, value, from_lane};
+  emu::together(&mine, [](void* const* parts, int lanes) {
+    for (int i = 0; i < lanes; ++i) {
+      Part& part = *static_cast<Part*>(parts[i]);
+      if (part.from_lane >= lanes) emu::fault("a shuffle reads a lane that the warp does not have");
+      part.received = static_cast<Part*>(parts[part.from_lane])->offered;
+    }
+  });
+  return mine.received;
 }
 template <class T>
 T shfl_xor(T value, int mask) {
