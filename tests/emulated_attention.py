@@ -15,7 +15,8 @@ import time
 import pytest
 import torch
 from emulated_operators import Emulator
-from test_paged_kv import attention_samples, paged, repaged, starts
+from paged_caches import paged, repaged, starts
+from test_paged_kv import attention_samples
 
 import pyarch
 from pyarch._instruments import assert_close, same
@@ -37,8 +38,9 @@ class Attention:
         options = {"causal": True, "window": None, "softcap": 0.0, "scale": None, **options}
         left, right = _attention.window(options["window"])
         scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-        arguments = (q, k, v, table, lens, options.get("cu_seqlens_q"), options.get("sinks"), options["causal"],
-                     left, right, options["softcap"], scale)  # fmt: skip
+        arguments = (q, k, v, table, lens, options.get("cu_seqlens_q"), options.get("sinks"),
+                     options.get("k_scale"), options.get("v_scale"), options["causal"], left, right,
+                     options["softcap"], scale)  # fmt: skip
         results = []
         for seed in seeds:
             results.append(self.emulator("paged_attention", *arguments, seed=seed))

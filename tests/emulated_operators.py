@@ -10,8 +10,8 @@ import ctypes
 import sys
 
 import torch
+from paged_caches import paged, starts
 from test_emulator import LAYOUTS, case
-from test_paged_kv import paged, starts
 
 import pyarch
 from pyarch._instruments import Guarded
@@ -55,8 +55,8 @@ def hostile(emulator: Emulator, name: str, what: str, arguments: tuple) -> tuple
 
 def appends(emulator: Emulator):
     for layout in LAYOUTS:
-        arguments = case(layout, torch.bfloat16)
-        k, v, k_cache, v_cache, slots = arguments
+        arguments = (*case(layout, torch.bfloat16), None, None)
+        k, v, k_cache, v_cache, slots = arguments[:5]
         want = [k_cache.clone(), v_cache.clone()]
         pyarch.ops.paged_kv.kv_append_reference(k, v, *want, slots)
         emulator("kv_append", *arguments)
@@ -72,7 +72,7 @@ def attentions(emulator: Emulator):
         q = torch.randn(3 if rows is None else sum(rows), 3, 16).to(dtype)
         sinks = None if rows is None else torch.randn(3)
         cu = None if rows is None else starts(rows)
-        yield f"{dtype}", (q, *caches, cu, sinks, True, 10, -1, 2.0, 0.2)
+        yield f"{dtype}", (q, *caches, cu, sinks, None, None, True, 10, -1, 2.0, 0.2)
 
 
 def main(path: str) -> None:

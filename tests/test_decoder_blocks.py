@@ -108,8 +108,8 @@ class TestShortWay:
          ("positions", torch.zeros(2, dtype=torch.int64), "positions: ")],
     )  # fmt: skip
     def test_call_is_refused(self, place, value, message):
-        names = ("x", "residual", "cos", "sin", "positions", "k_cache", "v_cache", "slot_mapping", "block_table",
-                 "seq_lens", "cu_seqlens_q", "interleaved", "layers", "first")  # fmt: skip
+        names = ("x", "residual", "cos", "sin", "positions", "k_cache", "v_cache", "k_scale", "v_scale", "slot_mapping",
+                 "block_table", "seq_lens", "cu_seqlens_q", "interleaved", "layers", "first")  # fmt: skip
         self.refuses(lambda lists, args: args.__setitem__(names.index(place), value), message)
 
     def refuses(self, change, message):

@@ -149,4 +149,4 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"^num_pages: must fit"):
         pyarch.PagedKVCache(2**31, 1, 1, 1, 1)
     with pytest.raises(TypeError, match=r"^dtype:"):
-        pyarch.PagedKVCache(1, 1, 1, 1, 1, dtype=torch.int8)
+        pyarch.PagedKVCache(1, 1, 1, 1, 1, dtype=torch.int32)

@@ -103,12 +103,13 @@ Tensor rows(const Tensor& x) {
   return Tensor(handle);
 }
 
-// x[i] of a tensor of 5 dimensions.
+// x[i] of a cache of several layers, or of its scales.
 Tensor select(const Tensor& x, int64_t i) {
   int64_t sizes[4], strides[4];
-  for (int64_t d = 0; d < 4; ++d) sizes[d] = x.size(d + 1), strides[d] = x.stride(d + 1);
+  const int64_t rank = x.dim() - 1;
+  for (int64_t d = 0; d < rank; ++d) sizes[d] = x.size(d + 1), strides[d] = x.stride(d + 1);
   AtenTensorHandle handle;
-  if (aoti_torch__reinterpret_tensor(x.get(), 4, sizes, strides, x.storage_offset() + i * x.stride(0),
+  if (aoti_torch__reinterpret_tensor(x.get(), rank, sizes, strides, x.storage_offset() + i * x.stride(0),
                                      &handle) != 0)
     fail("k_cache: has no layer ", i);
   return Tensor(handle);
@@ -168,15 +169,22 @@ std::shared_ptr<const Layers> find(int64_t layers) {
 
 std::tuple<Tensor, Tensor> decoder_blocks(Tensor x, std::optional<Tensor> residual, Tensor cos, Tensor sin,
                                           Tensor positions, Tensor k_cache, Tensor v_cache,
+                                          std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
                                           Tensor slot_mapping, Tensor block_table, Tensor seq_lens,
                                           std::optional<Tensor> cu_seqlens_q, bool interleaved,
                                           int64_t layers, int64_t first) {
   const std::shared_ptr<const Layers> found = find(layers);
   const int64_t count = static_cast<int64_t>(found->layers.size());
-  for (const Tensor* cache : {&k_cache, &v_cache})
-    PYARCH_CHECK(cache->dim() == 5 && first >= 0 && first <= cache->size(0) - count,
-                 cache == &k_cache ? "k_cache" : "v_cache", ": must have layers ", first, " to ",
-                 first + count);
+  const auto check_layers = [&](const Tensor& x, int64_t rank, const char* name) {
+    PYARCH_CHECK(x.dim() == rank && first >= 0 && first <= x.size(0) - count, name, ": must have layers ",
+                 first, " to ", first + count);
+  };
+  check_layers(k_cache, 5, "k_cache"), check_layers(v_cache, 5, "v_cache");
+  if (k_scale) check_layers(*k_scale, 4, "k_scale");
+  if (v_scale) check_layers(*v_scale, 4, "v_scale");
+  const auto layer_of = [](const std::optional<Tensor>& x, int64_t i) {
+    return x ? std::optional(select(*x, i)) : std::nullopt;
+  };
   std::atomic<int64_t> next{0};
   const auto matmul = [&](const Matmul& m, const Tensor& a) {
     next.fetch_add(1, std::memory_order_relaxed);
@@ -186,11 +194,12 @@ std::tuple<Tensor, Tensor> decoder_blocks(Tensor x, std::optional<Tensor> residu
     for (int64_t i = 0; i < count; ++i) {
       const Layer& l = found->layers[i];
       const Tensor k = select(k_cache, first + i), v = select(v_cache, first + i);
+      const std::optional<Tensor> ks = layer_of(k_scale, first + i), vs = layer_of(v_scale, first + i);
       auto [normed, total] = rms_norm(x, l.norm, residual, l.eps);
       const Tensor q = rotary_append(matmul(l.qkv, normed), cos, sin, positions, k, v, slot_mapping, l.q_norm,
-                                     l.k_norm, l.heads, interleaved, l.head_eps);
+                                     l.k_norm, ks, vs, l.heads, interleaved, l.head_eps);
       const auto [attended, lse] = paged_attention(q, k, v, block_table, seq_lens, cu_seqlens_q, std::nullopt,
-                                                   l.causal, l.left, l.right, l.softcap, l.scale);
+                                                   ks, vs, l.causal, l.left, l.right, l.softcap, l.scale);
       auto [y, sum] = rms_norm(matmul(l.out, rows(attended)), l.mlp_norm, residual ? total : x, l.mlp_eps);
       x = matmul(l.down, swiglu(matmul(l.gate_up, y)));
       residual = sum;

@@ -81,7 +81,9 @@ void check_slots(const int64_t* slots, int64_t tokens, int64_t limit) {
   }
 }
 
-void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping) {
+void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
+               std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
+  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   const PagedCache kc = paged_cache(k_cache, "k_cache"), vc = paged_cache(v_cache, "v_cache");
   check_same_shape(kc, vc, k_cache, v_cache);
   const int64_t tokens = slot_mapping.dim() == 1 ? slot_mapping.size(0) : -1;

@@ -167,8 +167,10 @@ std::vector<PagedSequence> check_values(const PagedAttention& a, int64_t total, 
 
 std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                                            Tensor seq_lens, std::optional<Tensor> cu_seqlens_q,
-                                           std::optional<Tensor> sinks, bool causal, int64_t window_left,
+                                           std::optional<Tensor> sinks, std::optional<Tensor> k_scale,
+                                           std::optional<Tensor> v_scale, bool causal, int64_t window_left,
                                            int64_t window_right, double softcap, double scale) {
+  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   PagedAttention a{};
   a.k = paged_cache(k_cache, "k_cache");
   a.v = paged_cache(v_cache, "v_cache");

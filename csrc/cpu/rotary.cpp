@@ -101,7 +101,9 @@ const float* table(const Tensor& t, const char* name, int64_t positions, int64_t
 
 Tensor rotary_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor k_cache, Tensor v_cache,
                      Tensor slot_mapping, std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
-                     int64_t num_heads, bool interleaved, double eps) {
+                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, int64_t num_heads,
+                     bool interleaved, double eps) {
+  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   const PagedCache kc = paged_cache(k_cache, "k_cache"), vc = paged_cache(v_cache, "v_cache");
   check_same_shape(kc, vc, k_cache, v_cache);
   const int64_t dim = kc.dim, kv_heads = kc.heads, half = dim / 2;

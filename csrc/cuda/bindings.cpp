@@ -6,7 +6,9 @@
 namespace pyarch {
 namespace {
 
-void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping) {
+void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
+               std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
+  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   PYARCH_CHECK(k.dim() == 3 && v.dim() == 3, "k, v: must be (tokens, heads, dim)");
   PYARCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4,
                "k_cache, v_cache: must be (pages, page_size, heads, dim)");
@@ -56,10 +58,12 @@ void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
 
 std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                                            Tensor seq_lens, std::optional<Tensor> cu_seqlens_q,
-                                           std::optional<Tensor> sinks, bool causal, int64_t window_left,
+                                           std::optional<Tensor> sinks, std::optional<Tensor> k_scale,
+                                           std::optional<Tensor> v_scale, bool causal, int64_t window_left,
                                            int64_t window_right, double softcap, double scale) {
   PYARCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4,
                "k_cache, v_cache: must be (pages, page_size, heads, dim)");
+  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   PYARCH_CHECK(q.dim() == 3, "q: must be (rows, heads, dim)");
   PYARCH_CHECK(block_table.dim() == 2, "block_table: must be (B, n)");
   const ScalarType dtype = q.scalar_type();

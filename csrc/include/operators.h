@@ -16,11 +16,13 @@ Tensor quant_matmul(Tensor x, Tensor q, Tensor scale, std::optional<Tensor> zero
 
 Tensor rotary_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor k_cache, Tensor v_cache,
                      Tensor slot_mapping, std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
-                     int64_t num_heads, bool interleaved, double eps);
+                     std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, int64_t num_heads,
+                     bool interleaved, double eps);
 
 std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                                            Tensor seq_lens, std::optional<Tensor> cu_seqlens_q,
-                                           std::optional<Tensor> sinks, bool causal, int64_t window_left,
+                                           std::optional<Tensor> sinks, std::optional<Tensor> k_scale,
+                                           std::optional<Tensor> v_scale, bool causal, int64_t window_left,
                                            int64_t window_right, double softcap, double scale);
 
 Tensor swiglu(Tensor x);

@@ -24,12 +24,14 @@ def generate(
     min_p: float | None = None,
     seed: int | None = None,
     stop: Collection[int] = (),
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[int]:
     """Yields new token ids after `prompt` as they are sampled, at most max_tokens and as the context allows.
 
     temperature  0 takes the likeliest token; else sampling, limited by top_k, top_p, min_p (see nn.Sampler)
     seed         makes sampling repeatable
     stop         ids that end generation; such an id is not yielded
+    cache_dtype  of keys and values: None is the model's; torch.int8 rounds them, in half bfloat16's memory
     Raises ValueError naming the argument, at the call, for an empty prompt, one beyond the context, or bad options.
     """
     context = model.config.max_positions
@@ -41,11 +43,13 @@ def generate(
         raise ValueError(f"max_tokens: must be at least 0, not {max_tokens}")
     sampler = nn.Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, device=model.device)
     count = min(max_tokens, context - len(prompt) + 1)
-    return _generate(model, list(prompt), count, sampler, frozenset(stop))
+    cache = model.cache(-(-(len(prompt) + count) // PAGE_SIZE), PAGE_SIZE, dtype=cache_dtype)
+    return _generate(model, cache, list(prompt), count, sampler, frozenset(stop))
 
 
-def _generate(model: Llama, new: list[int], count: int, sampler: nn.Sampler, stop: frozenset[int]):
-    cache = model.cache(-(-(len(new) + count) // PAGE_SIZE), PAGE_SIZE)
+def _generate(
+    model: Llama, cache: nn.PagedKVCache, new: list[int], count: int, sampler: nn.Sampler, stop: frozenset[int]
+):
     sequence = cache.allocate()
     for _ in range(count):
         with torch.inference_mode():

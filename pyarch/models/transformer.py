@@ -92,11 +92,13 @@ class Llama(nn.Module):
             x, residual = x[batch.last], None if residual is None else residual[batch.last]
         return self.head(self.norm(x) if residual is None else self.norm(x, residual)[0])
 
-    def cache(self, num_pages: int, page_size: int = 16) -> nn.PagedKVCache:
-        """An empty cache of num_pages * page_size tokens for this model, on its device and in its dtype."""
+    def cache(self, num_pages: int, page_size: int = 16, *, dtype: torch.dtype | None = None) -> nn.PagedKVCache:
+        """An empty cache of num_pages * page_size tokens for this model, on its device and in its dtype, or in int8."""
         c = self.config
+        if dtype not in (None, self.dtype, torch.int8):
+            raise TypeError(f"dtype: of the model's cache must be {self.dtype} or torch.int8, not {dtype}")
         return nn.PagedKVCache(num_pages, page_size, c.num_layers, c.num_kv_heads, c.head_dim,
-                               dtype=self.dtype, device=self.device)  # fmt: skip
+                               dtype=self.dtype if dtype is None else dtype, device=self.device)  # fmt: skip
 
     def extend(self, cache: nn.PagedKVCache, sequences: Sequence, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Appends tokens[i] to sequences[i], any numbers of them -> logits (B, V) after the last of each.

@@ -84,12 +84,13 @@ class Attention(Watched):
         if batch is None:
             return self._whole(x, rope)
         k_cache, v_cache = batch.cache.k[layer], batch.cache.v[layer]
+        scales: dict[str, Any] = {"k_scale": batch.cache.k_scale[layer], "v_scale": batch.cache.v_scale[layer]}
         cos, sin = rope.tables(batch.length, x.device)
         q = rotary_append(self.qkv(x), cos, sin, batch.positions, k_cache, v_cache, batch.slots,
                           num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, interleaved=rope.interleaved,
-                          q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps)  # fmt: skip
+                          q_norm=self.q_norm, k_norm=self.k_norm, eps=self.eps, **scales)  # fmt: skip
         y: Any = paged_attention(q, k_cache, v_cache, batch.block_table, batch.seq_lens, cu_seqlens_q=batch.cu_seqlens,
-                            window=self.window)  # fmt: skip
+                                 window=self.window, **scales)  # fmt: skip
         return self.out(y.flatten(1))
 
     def _whole(self, x: torch.Tensor, rope: RotaryEmbedding) -> torch.Tensor:

@@ -33,8 +33,8 @@ def _fake(x, *_):
 define(
     "decoder_blocks",
     "(Tensor x, Tensor? residual, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, bool interleaved, int layers,"
-    " int first) -> (Tensor, Tensor)",
+    " Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor slot_mapping, Tensor block_table, Tensor seq_lens,"
+    " Tensor? cu_seqlens_q, bool interleaved, int layers, int first) -> (Tensor, Tensor)",
     _fake,
 )
 _blocks = operator("decoder_blocks", "cpu")
@@ -71,7 +71,7 @@ class DecoderBlocks(torch.nn.ModuleList):
     Public functions check their arguments and choose a backend in every call, which for one token costs more than the
     small ops do. So the first cached call of few tokens notes what each block did. Where that was the nine CPU
     operators of quantised projections and nothing else, the next calls do the same in one
-    (csrc/cpu/decoder_blocks.cpp), as long as nothing that decided it has changed: dtype, `use_backend`, the modules,
+    (csrc/cpu/decoder_blocks.cpp), as long as nothing that decided it has changed: dtypes, `use_backend`, the modules,
     their tensors, settings and hooks, no autograd, no compiler. CPU operators recheck all that memory safety needs.
     """
 
@@ -86,7 +86,7 @@ class DecoderBlocks(torch.nn.ModuleList):
         if batch is not None and len(x) <= self.FEW and x.is_cpu and x.ndim == 2 and not (
             torch.is_grad_enabled() or torch.compiler.is_compiling()
         ):  # fmt: skip
-            key = (x.dtype, forced())
+            key = (x.dtype, batch.cache.layers_k.dtype, forced())
             if self._short is None or not self._short.holds(key):
                 return self._learn(key, x, rope, batch)
             if not self._short.hooked():
@@ -132,8 +132,8 @@ def _constants(seen: Recorder, inputs: tuple, outputs: tuple) -> tuple[list, lis
     if not all(a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr()) for a, b in passed):
         return None
     matmuls = [args[1:] for args in (qkv, out, gate_up, down)]
-    (*head_norms, num_heads), head_eps = rotary[7:10], rotary[11]
-    causal, left, right, softcap, scale = attend[7:]
+    head_norms, num_heads, head_eps = rotary[7:9], rotary[11], rotary[13]
+    causal, left, right, softcap, scale = attend[9:]
     return (
         [norm[1], mlp_norm[1], *head_norms, *(t for args in matmuls for t in args[:6])],
         [num_heads, int(causal), left, right, *(n for args in matmuls for n in args[6:10])],
@@ -194,8 +194,9 @@ class _ShortWay:
                 x, residual = self.blocks[first](x, residual, rope, batch, first)
             else:
                 x, residual = _blocks(
-                    x, residual, cos, sin, batch.positions, batch.cache.layers_k, batch.cache.layers_v, batch.slots,
-                    batch.block_table, batch.seq_lens, batch.cu_seqlens, rope.interleaved, kept, first,
+                    x, residual, cos, sin, batch.positions, batch.cache.layers_k, batch.cache.layers_v,
+                    batch.cache.layers_k_scale, batch.cache.layers_v_scale, batch.slots, batch.block_table,
+                    batch.seq_lens, batch.cu_seqlens, rope.interleaved, kept, first,
                 )  # fmt: skip
         return x, residual
 

@@ -29,8 +29,10 @@ class PagedKVCache:
 
     k, v: one tensor per layer, (num_pages, page_size, num_kv_heads, head_dim), not initialised; layers_k and layers_v
     are all layers in one, (num_layers, num_pages, page_size, num_kv_heads, head_dim).
-    Arguments are counts of at least 1; dtype float32, bfloat16 or float16. Raises TypeError or ValueError naming the
-    argument. Not safe for use by several threads at a time.
+    k_scale, v_scale: of an int8 cache, one float32 tensor per layer, (num_pages, page_size, num_kv_heads), whose
+    positions lie together for each head; else None per layer. layers_k_scale and layers_v_scale likewise.
+    Arguments are counts of at least 1; dtype float32, bfloat16, float16 or int8. Raises TypeError or ValueError naming
+    the argument. Not safe for use by several threads at a time.
     """
 
     def __init__(
@@ -49,13 +51,23 @@ class PagedKVCache:
             _count(name, value, 1)
         if num_pages > 2**31 - 1:
             raise ValueError(f"num_pages: must fit block_table's int32, not {num_pages}")
-        if dtype not in _args.FLOATS:
-            raise TypeError(f"dtype: must be {' or '.join(map(str, _args.FLOATS))}, not {dtype}")
+        if dtype not in (*_args.FLOATS, torch.int8):
+            raise TypeError(f"dtype: must be {' or '.join(map(str, (*_args.FLOATS, torch.int8)))}, not {dtype}")
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         self.layers_k = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         self.layers_v = in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         self.k: tuple[torch.Tensor, ...] = self.layers_k.unbind()
         self.v: tuple[torch.Tensor, ...] = self.layers_v.unbind()
+        self.layers_k_scale: torch.Tensor | None = None
+        self.layers_v_scale: torch.Tensor | None = None
+        self.k_scale: tuple[torch.Tensor | None, ...] = (None,) * num_layers
+        self.v_scale: tuple[torch.Tensor | None, ...] = (None,) * num_layers
+        if dtype == torch.int8:
+            self.layers_k_scale, self.layers_v_scale = (
+                in_huge_pages(torch.empty(num_layers, num_pages, num_kv_heads, page_size, device=device)).mT
+                for _ in range(2)
+            )
+            self.k_scale, self.v_scale = self.layers_k_scale.unbind(), self.layers_v_scale.unbind()
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is taken first
         self._owners = [0] * num_pages  # sequences that hold a page
@@ -160,8 +172,9 @@ class PagedKVCache:
         """Copy on write: replaces a shared last page by a copy of its used slots."""
         old, used = s._pages[-1], s._length % self.page_size
         new = self._take()
-        for cache in (self.layers_k, self.layers_v):
-            cache[:, new, :used].copy_(cache[:, old, :used])
+        for cache in (self.layers_k, self.layers_v, self.layers_k_scale, self.layers_v_scale):
+            if cache is not None:
+                cache[:, new, :used].copy_(cache[:, old, :used])
         self._owners[old] -= 1
         s._pages[-1] = new
 

@@ -5,7 +5,7 @@ Each raises TypeError or ValueError that names the argument.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,18 +13,21 @@ from ..dispatch import Facts
 from . import _args, _attention
 
 
-def check_append(k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Facts:
+def check_append(
+    k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, k_scale: Any = None, v_scale: Any = None
+) -> Facts:
     """Checks kv_append's arguments and returns the facts that dispatch compares with its limits."""
-    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
-    device, dtypes = k_cache.device, (k_cache.dtype,)
-    _args.tensor("k", k, rank=3, dtypes=dtypes, device=device)
+    _, _, kv_heads, head_dim = check_caches(k_cache, v_cache, k_scale, v_scale, written=True)
+    device = k_cache.device
+    _args.tensor("k", k, rank=3, dtypes=_beside(k_cache), device=device)
     tokens = k.shape[0]
     _args.shape("k", k, tokens, kv_heads, head_dim)
-    _args.tensor("v", v, dtypes=dtypes, device=device, shape=(tokens, kv_heads, head_dim))
-    _args.writable("k_cache", k_cache)
-    _args.writable("v_cache", v_cache)
+    _args.tensor("v", v, dtypes=(k.dtype,), device=device, shape=(tokens, kv_heads, head_dim))
     _args.tensor("slot_mapping", slot_mapping, dtypes=(torch.int64,), device=device, shape=(tokens,))
-    return _facts(k, k_cache, v_cache, _args.needs_grad(k, v, k_cache, v_cache))
+    gradient = _args.needs_grad(k, v, k_cache, v_cache, k_scale, v_scale)
+    if gradient and k_scale is not None:
+        no_gradient("k")
+    return _facts(k, k_cache, v_cache, gradient)
 
 
 def check(
@@ -40,12 +43,14 @@ def check(
     softcap: float = 0.0,
     sinks: Any = None,
     scale: float | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     return_lse: bool = False,
 ) -> Facts:
     """Checks paged_attention's arguments and returns the facts that dispatch compares with its limits."""
-    _, _, kv_heads, head_dim = _check_caches(k_cache, v_cache)
+    _, _, kv_heads, head_dim = check_caches(k_cache, v_cache, k_scale, v_scale)
     device = k_cache.device
-    _args.tensor("q", q, rank=3, dtypes=(k_cache.dtype,), device=device)
+    _args.tensor("q", q, rank=3, dtypes=_beside(k_cache), device=device)
     total, heads, q_dim = q.shape
     if q_dim != head_dim or heads == 0 or heads % kv_heads:
         raise ValueError(f"q: must be (rows, a multiple of {kv_heads} heads, {head_dim}), not shape {tuple(q.shape)}")
@@ -60,20 +65,42 @@ def check(
     _attention.scaling(softcap, scale)
     if sinks is not None:
         _args.tensor("sinks", sinks, dtypes=(q.dtype, torch.float32), device=device, shape=(heads,))
-    return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks), batch)
+    return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks, k_scale, v_scale), batch)
 
 
-def _check_caches(k_cache: Any, v_cache: Any) -> tuple[int, ...]:
-    """Checks that the caches are alike; returns their shape."""
+def check_caches(k_cache: Any, v_cache: Any, k_scale: Any, v_scale: Any, *, written: bool = False) -> tuple[int, ...]:
+    """Checks caches that are alike, with scales where they are int8; returns their shape. written: by the call."""
     _args.tensor("k_cache", k_cache, rank=4)
-    if not k_cache.is_floating_point():
-        raise TypeError(f"k_cache: dtype must be floating, not {k_cache.dtype}")
+    if not (k_cache.is_floating_point() or k_cache.dtype == torch.int8):
+        raise TypeError(f"k_cache: dtype must be floating or int8, not {k_cache.dtype}")
     shape = k_cache.shape
     _, page_size, kv_heads, head_dim = shape
     if page_size == 0 or kv_heads == 0 or head_dim == 0:
         raise ValueError(f"k_cache: page_size, heads and head size must be at least 1, not shape {tuple(shape)}")
     _args.tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), device=k_cache.device, shape=shape)
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_cache.dtype != torch.int8:
+            if scales is not None:
+                raise ValueError(f"{name}: is for int8 caches, these are {k_cache.dtype}")
+        elif scales is None:
+            raise ValueError(f"{name}: int8 caches need one, float32 of shape {tuple(shape[:3])}")
+        else:
+            _args.tensor(name, scales, dtypes=(torch.float32,), device=k_cache.device, shape=shape[:3])
+    if written:
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+            if cache is not None:
+                _args.writable(name, cache)
     return shape
+
+
+def _beside(cache: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that what comes with this cache may have: its own, or any that int8 codes stand for."""
+    return _args.FLOATS if cache.dtype == torch.int8 else (cache.dtype,)
+
+
+def no_gradient(name: str) -> NoReturn:
+    """Refuses a call whose rounding to int8 would cut the gradient off without a word."""
+    raise ValueError(f"{name}: rounding to int8 has no gradient, and autograd would record this call")
 
 
 def _facts(
@@ -83,6 +110,7 @@ def _facts(
     return {
         "device": _args.device_type(x),
         "dtype": x.dtype,
+        "cache": cache_kind(k_cache),
         "page_size": page_size,
         "head_dim": head_dim,
         "requires_grad": requires_grad,
@@ -90,6 +118,10 @@ def _facts(
         "dense_heads": dense_heads(k_cache, v_cache),
         "caches": (k_cache, v_cache),
     }
+
+
+def cache_kind(cache: torch.Tensor) -> str:
+    return "int8" if cache.dtype == torch.int8 else "floating"
 
 
 def dense_heads(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:

@@ -10,7 +10,14 @@ from . import _attention
 
 
 def kv_append_reference(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """The definition, in plain PyTorch: any device and dtype. ValueError for a slot out of range or named twice."""
     pages, page_size = k_cache.shape[:2]
@@ -20,8 +27,22 @@ def kv_append_reference(
         raise ValueError(f"slot_mapping: slots must be -1 or 0 to {pages * page_size - 1}, these are {slot_mapping}")
     if slots.unique().numel() != slots.numel():
         raise ValueError("slot_mapping: a slot is named twice")
-    k_cache[slots // page_size, slots % page_size] = k[kept]
-    v_cache[slots // page_size, slots % page_size] = v[kept]
+    place = slots // page_size, slots % page_size
+    for new, cache, scales in ((k[kept], k_cache, k_scale), (v[kept], v_cache, v_scale)):
+        if scales is None:
+            cache[place] = new
+        else:
+            cache[place], scales[place] = quantized_heads(new)
+
+
+def quantized_heads(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., D) -> int8 codes and scales (...): amax / 127, x / scale rounded half to even; see paged_kv.py."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    amax = wide.abs().amax(-1)
+    # A tensor of 127, not the number: by a number, CUDA multiplies with its reciprocal, which rounds twice.
+    scales = torch.where(amax.isfinite(), amax / torch.full_like(amax, 127), torch.nan)
+    codes = torch.where(scales[..., None] > 0, wide / scales[..., None], 0.0).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales
 
 
 def paged_attention_reference(
@@ -37,6 +58,8 @@ def paged_attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain PyTorch, sequence by sequence: differentiable, any device and dtype."""
@@ -56,9 +79,10 @@ def paged_attention_reference(
     for b, (low, high) in enumerate(spans):
         rows = q[starts[b] : starts[b + 1]].to(wide)
         base = low // page_size * page_size
+        part = slice(low - base, high - base)
         keys, values = (
-            cache[tables[b]].flatten(0, 1)[low - base : high - base].to(wide).repeat_interleave(heads // kv_heads, 1)
-            for cache in (k_cache, v_cache)
+            _held(cache, scales, tables[b], part).to(wide).repeat_interleave(heads // kv_heads, 1)
+            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
         )
         scores = torch.einsum("rhd,khd->hrk", rows, keys) * (head_dim**-0.5 if scale is None else scale)
         if softcap > 0:
@@ -73,6 +97,12 @@ def paged_attention_reference(
         outs.append(torch.einsum("hrk,khd->rhd", weights[..., : high - low], values).to(q.dtype))
         lses.append(lse.T)
     return (torch.cat(outs), torch.cat(lses)) if return_lse else torch.cat(outs)
+
+
+def _held(cache: torch.Tensor, scales: torch.Tensor | None, pages: torch.Tensor, part: slice) -> torch.Tensor:
+    """(positions, Hkv, D) of these pages one after the other, codes multiplied by their scales."""
+    x = cache[pages].flatten(0, 1)[part]
+    return x if scales is None else x * scales[pages].flatten(0, 1)[part, :, None]
 
 
 def check_lengths(starts: list[int], lens: list[int], total: int, capacity: int) -> None:

@@ -6,6 +6,7 @@
     seq_lens       (B)                 int32     tokens of sequence b in the cache, its new rows included
     cu_seqlens_q   (B+1)               int32     rows cu[b] to cu[b+1]-1 of q are sequence b's; None: one row each
     slot_mapping   (T)                 int64     page * page_size + offset of each token; -1: the token is skipped
+    k_scale        (pages, page_size, Hkv)   float32, any strides; v_scale likewise; for int8 caches, and only for them
 
     positions of sequence b   0 . . 15 | 16 . . 31 | 32 . . 47 | 48 . . seq_len-1
     block_table[b]                7    |     2     |     9     |     4     | ...     further entries are never read
@@ -16,6 +17,13 @@
 A row attends to the positions from its own minus window[0] to its own plus window[1], and with `causal` to none after
 its own. A sink is one more logit per head, which takes part in the softmax and has no value. A row that attends to
 nothing gives 0, and its lse is the sink's logit, or -inf without one. lse is natural, includes the sink and is fp32.
+
+A cache has the dtype of q, k and v, or it is int8 and its element is code * scale, one scale for each token and head:
+
+    amax = max(abs(x))    scale = amax / 127    code = x / scale, rounded half to even      all in fp32
+
+A head of zeros has scale 0. A head with a NaN or an infinity has scale NaN and codes 0, so that all that attends to it
+is NaN.
 
 Products, sums and the softmax are fp32 and out is rounded once. On the CPU a long sequence is split at fixed positions
 and its splits are combined in their order: an answer is bitwise the same alone or in a batch, for any page size and any
@@ -28,7 +36,7 @@ nothing outside their arguments, and give NaN to the rows of a sequence whose le
 attend to a position whose table entry is not a page, and to all rows if cu_seqlens_q does not rise from 0 to total_q.
 
 For inference: a call that autograd would record runs on the reference. On CUDA paged_attention takes few rows, 16 a
-sequence on average. Not supported: fp8 or int8 caches, tree masks, values of another head size than keys.
+sequence on average. Not supported: fp8 caches, tree masks, values of another head size than keys.
 Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023; Dao et al.,
 Flash-Decoding for long-context inference, 2023.
 """
@@ -53,22 +61,24 @@ def kv_append(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Writes the keys and values (T, Hkv, D) of T new tokens into their slots of the caches, in place.
 
     slot_mapping: int64 (T), page * page_size + offset, as PagedKVCache.append returns it; -1 skips the token. A slot
     out of range or named twice is refused and nothing is written (on CUDA: out of range is skipped; of two tokens for
-    one slot, either remains).
+    one slot, either remains). Into int8 caches the tokens are rounded, and k_scale and v_scale take their scales.
     Raises TypeError or ValueError naming the argument; ValueError if the named backend cannot run the call.
     """
-    chosen = KV_APPEND.choose(backend, check_append(k, v, k_cache, v_cache, slot_mapping))
+    facts = check_append(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+    chosen = KV_APPEND.choose(backend, facts)
     if chosen == "reference":
-        return kv_append_reference(k, v, k_cache, v_cache, slot_mapping)
+        return kv_append_reference(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+    row = _args.row_contiguous
     try:
-        operator("kv_append", chosen)(
-            _args.row_contiguous(k), _args.row_contiguous(v), k_cache, v_cache, _args.row_contiguous(slot_mapping)
-        )
+        operator("kv_append", chosen)(row(k), row(v), k_cache, v_cache, row(slot_mapping), k_scale, v_scale)
     except RuntimeError as error:
         raise refusal(error) from None
 
@@ -86,6 +96,8 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -96,8 +108,9 @@ def paged_attention(
     Raises TypeError or ValueError naming the argument; ValueError if the named backend cannot run the call.
     """
     options: dict[str, Any] = dict(
-        cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale
-    )
+        cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     facts = check(q, k_cache, v_cache, block_table, seq_lens, **options)
     chosen = PAGED_ATTENTION.choose(backend, facts)
     if chosen == "reference":
@@ -105,38 +118,44 @@ def paged_attention(
     left, right = (-1, -1) if window is None else window
     try:
         out, lse = operator("paged_attention", chosen)(
-            _args.row_contiguous(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right,
-            softcap, q.shape[-1] ** -0.5 if scale is None else scale,
+            _args.row_contiguous(q), k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, k_scale, v_scale,
+            causal, left, right, softcap, q.shape[-1] ** -0.5 if scale is None else scale,
         )  # fmt: skip
     except RuntimeError as error:
         raise refusal(error) from None
     return (out, lse) if return_lse else out
 
 
-def _append_fake(k, v, k_cache, v_cache, slot_mapping):
+def _append_fake(*_):
     return None
 
 
-def _attention_fake(
-    q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, causal, left, right, softcap, scale
-):
+def _attention_fake(q, *_):
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
+FLOATING = {"cache": ("floating",)}
 KV_APPEND = Op(
     "kv_append",
-    {"cpu": Limits("cpu", unless=inference_only), "cuda": Limits("cuda", capability=(8, 0), unless=inference_only)},
+    {
+        "cpu": Limits("cpu", allowed=FLOATING, unless=inference_only),
+        "cuda": Limits("cuda", allowed=FLOATING, capability=(8, 0), unless=inference_only),
+    },
     check_append,
     "on the reference: in-place indexing in PyTorch",
 )
 PAGED_ATTENTION = Op(
     "paged_attention",
     {
-        "cpu": Limits("cpu", unless=inference_only),
+        "cpu": Limits("cpu", allowed=FLOATING, unless=inference_only),
         # It reads the cache once for every 8 query vectors of a key head, so prompts are not for it.
         "cuda": Limits(
-            "cuda", ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)}, capability=(8, 0), unless=in_pieces
+            "cuda",
+            allowed=FLOATING,
+            ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)},
+            capability=(8, 0),
+            unless=in_pieces,
         ),
     },
     check,
@@ -144,13 +163,15 @@ PAGED_ATTENTION = Op(
 )
 define(
     "kv_append",
-    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor(c!)? k_scale,"
+    " Tensor(d!)? v_scale) -> ()",
     _append_fake,
 )
 define(
     "paged_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q,"
-    " Tensor? sinks, bool causal, int window_left, int window_right, float softcap, float scale) -> (Tensor, Tensor)",
+    " Tensor? sinks, Tensor? k_scale, Tensor? v_scale, bool causal, int window_left, int window_right, float softcap,"
+    " float scale) -> (Tensor, Tensor)",
     _attention_fake,
 )
 

@@ -13,12 +13,14 @@ A pair (a, b) of a head turns by angle j: (a cos_j - b sin_j, b cos_j + a sin_j)
     qkv             (T, (Hq + 2 Hkv) * D)         float32, bfloat16 or float16, any strides
     cos, sin        (max_positions, D/2)          float32: tables by position
     positions       (T)                int64      in [0, max_positions)
-    k_cache         (pages, page_size, Hkv, D)    qkv's dtype, any outer strides; v_cache likewise
+    k_cache         (pages, page_size, Hkv, D)    qkv's dtype or int8, any outer strides; v_cache likewise
     slot_mapping    (T)                int64      page * page_size + offset of each token; -1: k and v are not kept
     q_norm, k_norm  (D)                           qkv's dtype or float32, or None
+    k_scale         (pages, page_size, Hkv)       float32, for int8 caches and only for them; v_scale likewise
     returns         q (T, Hq, D)                  qkv's dtype
 
-Everything is fp32 between one load and one rounding; v is copied bit by bit. The CPU operator and the reference refuse
+Everything is fp32 between one load and one rounding; v is copied bit by bit. What goes to an int8 cache is rounded as
+kv_append rounds it, k after it was rounded to qkv's dtype. The CPU operator and the reference refuse
 positions and slots out of range, and slots named twice, before anything is written.
 For inference: a call that autograd would record runs on the reference.
 Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021.
@@ -33,7 +35,7 @@ import torch
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator, refusal
 from . import _args
-from ._paged_checks import dense_heads, inference_only
+from ._paged_checks import cache_kind, check_caches, dense_heads, inference_only, no_gradient
 from ._paged_formulas import kv_append_reference
 
 
@@ -52,6 +54,8 @@ def rotary_append(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Rotates q and k, appends k and v to the paged caches, returns q (T, num_heads, D); see the module's text.
@@ -60,19 +64,19 @@ def rotary_append(
     """
     facts = check(
         qkv, cos, sin, positions, k_cache, v_cache, slot_mapping, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps,
+        interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     chosen = ROTARY_APPEND.choose(backend, facts)
     if chosen == "reference":
         return rotary_append_reference(
             qkv, cos, sin, positions, k_cache, v_cache, slot_mapping, num_heads=num_heads, num_kv_heads=num_kv_heads,
-            interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps,
+            interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     row, dense = _args.row_contiguous, _args.contiguous
     try:
         return operator("rotary_append", chosen)(
             row(qkv), dense(cos), dense(sin), dense(positions), k_cache, v_cache, dense(slot_mapping),
-            dense(q_norm), dense(k_norm), num_heads, interleaved, eps,
+            dense(q_norm), dense(k_norm), k_scale, v_scale, num_heads, interleaved, eps,
         )  # fmt: skip
     except RuntimeError as error:
         raise refusal(error) from None
@@ -93,6 +97,8 @@ def rotary_append_reference(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition, in plain PyTorch: any device and floating dtype. ValueError for positions or slots it refuses."""
     if bool(((positions < 0) | (positions >= cos.shape[0])).any()):
@@ -101,7 +107,7 @@ def rotary_append_reference(
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     angles = cos[positions][:, None], sin[positions][:, None]
     q, k = (rotate(_normed(x, w, eps), *angles, interleaved).to(qkv.dtype) for x, w in ((q, q_norm), (k, k_norm)))
-    kv_append_reference(k, v, k_cache, v_cache, slot_mapping)
+    kv_append_reference(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
     return q
 
 
@@ -132,6 +138,8 @@ def check(
     q_norm: Any = None,
     k_norm: Any = None,
     eps: float = 1e-6,
+    k_scale: Any = None,
+    v_scale: Any = None,
 ) -> Facts:
     """Checks the arguments and returns the facts that dispatch compares with LIMITS."""
     _args.tensor("qkv", qkv, rank=2)
@@ -139,15 +147,10 @@ def check(
         raise TypeError(f"qkv: dtype must be floating, not {qkv.dtype}")
     dtype, device, tokens = qkv.dtype, qkv.device, qkv.shape[0]
     table = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _args.tensor(name, cache, rank=4, dtypes=(dtype,), device=device)
-        _args.writable(name, cache)
-    _, page_size, cached_heads, dim = k_cache.shape
-    if page_size == 0 or cached_heads == 0 or dim == 0 or dim % 2:
-        raise ValueError(
-            f"k_cache: page_size and heads must be at least 1 and head size even, not shape {tuple(k_cache.shape)}"
-        )
-    _args.shape("v_cache", v_cache, *k_cache.shape)
+    _args.tensor("k_cache", k_cache, rank=4, dtypes=(dtype, torch.int8), device=device)
+    if k_cache.shape[3] % 2:
+        raise ValueError(f"k_cache: head size must be even, not shape {tuple(k_cache.shape)}")
+    _, _, cached_heads, dim = check_caches(k_cache, v_cache, k_scale, v_scale, written=True)
     if num_kv_heads != cached_heads:
         raise ValueError(f"num_kv_heads: must be {cached_heads} (k_cache's), not {num_kv_heads}")
     if num_heads < 1:
@@ -163,24 +166,30 @@ def check(
             _args.tensor(name, weight, dtypes=(dtype, torch.float32), device=device, shape=(dim,))
     if not eps >= 0:
         raise ValueError(f"eps: must be at least 0, not {eps}")
+    gradient = _args.needs_grad(qkv, cos, sin, k_cache, v_cache, q_norm, k_norm, k_scale, v_scale)
+    if gradient and k_scale is not None:
+        no_gradient("qkv")
     return {
         "device": _args.device_type(qkv),
         "dtype": dtype,
-        "requires_grad": _args.needs_grad(qkv, cos, sin, k_cache, v_cache, q_norm, k_norm),
+        "cache": cache_kind(k_cache),
+        "requires_grad": gradient,
         "dense_heads": dense_heads(k_cache, v_cache),
     }
 
 
-def _fake(qkv, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, num_heads, interleaved, eps):
+def _fake(qkv, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, k_scale, v_scale, num_heads,
+          interleaved, eps):  # fmt: skip
     return qkv.new_empty((qkv.shape[0], num_heads, k_cache.shape[3]))
 
 
-LIMITS = {"cpu": Limits("cpu", unless=inference_only)}
+LIMITS = {"cpu": Limits("cpu", allowed={"cache": ("floating",)}, unless=inference_only)}
 ROTARY_APPEND = Op("rotary_append", LIMITS, check, "on the reference: the kernels are for inference")
 define(
     "rotary_append",
     "(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor slot_mapping, Tensor? q_norm, Tensor? k_norm, int num_heads, bool interleaved, float eps) -> Tensor",
+    " Tensor slot_mapping, Tensor? q_norm, Tensor? k_norm, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int num_heads,"
+    " bool interleaved, float eps) -> Tensor",
     _fake,
 )
 
