@@ -9,7 +9,8 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 WHEEL_INDEX ?=
 ENV ?= .venv
-PART ?= test
+PART ?= all
+OP ?=
 ARGS ?=
 PEERS ?=
 
@@ -86,8 +87,8 @@ bench: $(BUILT) $(WEIGHTS)/done  ## measures against the peers and writes record
 compile: $(READY)  ## GPU kernels for sm_80 and sm_90a: registers, spills and shared memory against the record
 	$(PY) tests/compile_kernels.py $(ARGS)
 
-gpu: $(READY)  ## on a GPU machine, PART=peers, test or bench; ENV=active where there is no network
-	$(PY) -m bench.gpu --part $(PART) $(ARGS)
+gpu: $(READY)  ## on a GPU machine: tests and measures; PART=test, peers, bench or tune, OP=..., ENV=active without network
+	$(PY) -m bench.gpu --part $(PART) $(if $(OP),--op $(OP)) $(ARGS)
 
 # Python is not sanitized, so libasan comes first by LD_PRELOAD; Python and torch keep memory to the end, so leaks are
 # not looked for. The sanitizer does not see masked vector loads: the portable library runs too, which has none.

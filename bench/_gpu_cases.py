@@ -125,8 +125,9 @@ def cudnn_lstm(batch: int, steps: int, size: int, layers: int) -> Callable:
 # ---- ours against peers
 
 
-def quantised(n: int, k: int, group: int, device: torch.device) -> QuantizedTensor:
-    q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+def quantised(n: int, k: int, group: int, device: torch.device, bits: int = 4) -> QuantizedTensor:
+    dtype, low, high = (torch.uint8, 0, 256) if bits == 4 else (torch.int8, -127, 128)
+    q = torch.randint(low, high, (n, k * bits // 8), dtype=dtype, device=device)
     return QuantizedTensor(q, torch.rand(n, k // group, device=device).to(torch.bfloat16) / 64, k, group)
 
 
@@ -245,6 +246,6 @@ def cases() -> Iterator[Case]:
     for m in (1, 16, 256):
         yield Case("bench", "quant_matmul int4 g32", f"M{m} N4096 K4096", int4_matmul(m, 4096, 4096, 32))
     for tokens, heads in ((1, 8), (64, 8), (8192, 8), (8192, 32)):
-        yield Case("bench", "kv_append", f"T{tokens} H{heads} D128", kv_append(tokens, heads, 128))
+        yield Case("bench", "paged_kv append", f"T{tokens} H{heads} D128", kv_append(tokens, heads, 128))
     for shape in ((1, 4096, 32, 8), (16, 4096, 32, 8), (64, 2048, 32, 8), (1, 65536, 32, 8), (16, 2048, 32, 32)):
-        yield Case("bench", "paged decode", "B{} KV{} H{}/{} D128".format(*shape), paged_decode(*shape))
+        yield Case("bench", "paged_kv decode", "B{} KV{} H{}/{} D128".format(*shape), paged_decode(*shape))

@@ -1,13 +1,17 @@
 """What a GPU machine is for, in one command that needs no network: build, test, measure.
 
-    python -m bench.gpu --part test     builds for this machine and runs every test of a kernel that runs on the GPU
+    python -m bench.gpu                 test, peers and bench, one after the other
+    python -m bench.gpu --part test     builds for this machine and runs every test of a kernel that runs on the GPU,
+                                        then compute-sanitizer over the CUDA C++ ones, where there is one
     python -m bench.gpu --part peers    the card's ceilings and what torch, cuDNN and cuBLAS reach on it
     python -m bench.gpu --part bench    ours against them
+    python -m bench.gpu --part tune     looks for better configs of the Triton kernels: kernels/tuned/<card>.json
     python -m bench.gpu --part peers --dry-run --out FILE     tiny sizes, on a CPU: proves the script, measures nothing
 
-Each case is one line of JSON in bench/records/gpu/<card>.jsonl: medians and spread by contender, ratios, the fraction
-of the card's ceilings, versions, commit and clocks. A run that ends early (--seconds) goes on where it stopped: a case
-that this commit has on this card is not measured again. Nothing changes the card's settings; clocks are only read.
+--op quant_matmul keeps to one op. Each case is one line of JSON in bench/records/gpu/<card>.jsonl: medians and spread
+by contender, ratios, the fraction of the card's ceilings, versions, commit and clocks. What --seconds cut off goes on
+where it stopped: a case that this commit has on this card is not measured again. Nothing changes the card's settings;
+clocks are only read.
 
 Time is taken by CUDA events around replays of a graph of calls, so that launch gaps are not measured; contenders
 alternate, and their inputs rotate among copies larger than the cache.
@@ -21,24 +25,27 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 
 from pyarch import arch
 
-from ._gpu_cases import Case, Entry, cases
+from . import _gpu_tune
+from ._gpu_cases import Case, cases
+from ._gpu_timer import measure
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records/gpu"
-CALLS_US = 2000  # a graph holds about as many microseconds of calls
+PARTS = ("test", "peers", "bench")  # of a run that names none
 ROUNDS = 21
+SANITIZER_SECONDS = 60  # for each of its tools
 
 
 def build() -> None:
@@ -47,15 +54,37 @@ def build() -> None:
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
 
 
-def test(arguments: list[str]) -> int:
+def test(op: str, arguments: list[str]) -> int:
     """The suite's tests of GPU backends: those with cuda, triton or gpu in their name."""
-    names = "(cuda or triton or gpu) and not gpu_script and not cuda_build"  # those two are about other machines
+    names = f"(cuda or triton or gpu) and not gpu_script and not cuda_build and {op or 'test'}"  # those two: elsewhere
     command = [sys.executable, "-m", "pytest", "-q", "-k", names, *arguments]
     if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def sanitize(op: str) -> int:
+    """compute-sanitizer over the CUDA C++ kernels, on the suite's samples of them; 1 where it finds or cannot tell."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not here: accesses and races of the CUDA C++ kernels are not checked")
+        return 0
+    suite = [sys.executable, "-m", "pytest", "-q", "-k", f"test_suite and forward and cuda and {op or 'test'}"]
+    # Each tensor its own allocation, so that what lies past its end belongs to nobody.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    status = 0
+    for check in ("memcheck", "racecheck"):
+        watch = [tool, "--tool", check, "--kernel-name", "kns=pyarch", "--error-exitcode", "9", "--print-limit", "5"]
+        print(f"\n== compute-sanitizer {check}", flush=True)
+        try:
+            code = subprocess.run([*watch, *suite], cwd=ROOT, env=environment, timeout=SANITIZER_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{check}: not finished in {SANITIZER_SECONDS} seconds")
+            code = 1
+        status |= code not in (0, 5)  # 5: pytest has no such test
+    return status
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -94,86 +123,6 @@ def smi(*what: str) -> str | None:
         return None
 
 
-class Timer:
-    """Seconds of one contender: a fixed number of calls, timed as often as asked. Calibrated when it is made."""
-
-    def __init__(self, call: Callable[[int], object], copies: int, device: torch.device):
-        self.call, self.copies, self.device = call, copies, device
-        for i in range(3):  # compilation, handles, workspaces
-            call(i % copies)
-        self.replay: Callable[[], None] = self._calls
-        self.count, self.graph = 1, False
-        self.count = max(1, min(200, int(CALLS_US * 1e-6 / max(self(), 1e-7))))
-        if device.type == "cuda":
-            self._capture()
-
-    def _calls(self) -> None:
-        for i in range(self.count):
-            self.call(i % self.copies)
-
-    def _capture(self) -> None:
-        """Turns the calls into a graph, where they can be captured."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._calls()
-        except RuntimeError:  # a library that allocates or waits: timed call by call, and said so in the record
-            torch.cuda.synchronize()
-            return
-        self.replay, self.graph = graph.replay, True
-        graph.replay()
-
-    def __call__(self) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            self.replay()
-            return (time.perf_counter() - start) / self.count
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        self.replay()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) * 1e-3 / self.count
-
-
-def measure(entry: Entry, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Medians by contender, in alternation; a contender that cannot run is named with its reason."""
-    timers, failed = {}, {}
-    for name, call in entry.calls.items():
-        try:
-            timers[name] = Timer(call, entry.copies, device)
-        except (RuntimeError, ValueError) as error:
-            if name.startswith("pyarch"):
-                raise
-            failed[name] = str(error).splitlines()[0][:200]
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    order = list(timers)
-    for _ in range(rounds):
-        for name in order:
-            samples[name].append(timers[name]())
-        order = order[1:] + order[:1]
-    found: dict[str, Any] = {"us": {}, "graph": {name: timer.graph for name, timer in timers.items()}}
-    for name, seconds in samples.items():
-        fifths = quantiles(seconds, n=5, method="inclusive")
-        found["us"][name] = {"median": median(seconds) * 1e6, "p20": fifths[0] * 1e6, "p80": fifths[-1] * 1e6}
-    if failed:
-        found["failed"] = failed
-    best = {name: median(seconds) for name, seconds in samples.items()}
-    peers = [name for name in best if not name.startswith("pyarch")]
-    if peers and len(peers) < len(best):
-        ours = next(name for name in best if name.startswith("pyarch"))
-        peer = min(peers, key=best.__getitem__)
-        ratio = median(b / a for a, b in zip(samples[ours], samples[peer], strict=True))
-        found |= {"peer": peer, "ratio": ratio}
-    fastest = (found.get("peer") and best[ours]) or min(best.values(), default=float("nan"))
-    if entry.flops:
-        found["tflops"] = entry.flops / fastest * 1e-12
-    if entry.moved:
-        found["gbps"] = entry.moved / fastest * 1e-9
-    return found
-
-
 def done(path: Path) -> dict[tuple, dict]:
     """The records in a file, by what makes a measurement the same."""
     if not path.exists():
@@ -193,15 +142,15 @@ def fractions(record: dict, known: dict[tuple, dict]) -> dict[str, float]:
     return of
 
 
-def run(part: str, path: Path, device: torch.device, small: bool, seconds: float) -> Iterator[dict]:
+def run(part: str, op: str, path: Path, device: torch.device, small: bool, end: float) -> Iterator[dict]:
     """Measures what is missing of a part and yields its records, each once it is written."""
-    end, about = time.monotonic() + seconds, machine(device)
-    for case in (c for c in cases() if c.part == part):
+    about = machine(device)
+    for case in (c for c in cases() if c.part == part and (c.work.startswith(op) or c.work == "ceiling")):
         known = done(path)
         if (about["card"], about["commit"], part, case.work, case.name) in known:
             continue
         if time.monotonic() > end:
-            print(f"--seconds {seconds:.0f} are over; the same command goes on with {case.work}, {case.name}")
+            print(f"--seconds are over; the same command goes on with {case.work}, {case.name}")
             return
         yield record(case, path, device, small, about, known)
 
@@ -238,26 +187,32 @@ def line_of(r: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("peers", "test", "bench"), default="test")
-    parser.add_argument("--seconds", type=float, default=420, help="start no new case after so long")
-    parser.add_argument("--out", type=Path, help="the file of records, instead of bench/records/gpu/<card>.jsonl")
+    parser.add_argument("--part", choices=("all", *PARTS, "tune"), default="all")
+    parser.add_argument("--op", default="", help="one op alone: flash_attention, paged_kv or quant_matmul")
+    parser.add_argument("--seconds", type=float, default=500, help="measure nothing new after so long")
+    parser.add_argument("--out", type=Path, help="the file of records or configs, instead of the one of this card")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, nothing built; needs --out")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --")
     asked = parser.parse_args()
-    if asked.dry_run and (asked.out is None or asked.part == "test"):
+    end, status = time.monotonic() + asked.seconds, 0
+    if asked.dry_run and (asked.out is None or asked.part in ("all", "test")):
         parser.error("--dry-run measures nothing: give it a part to measure and --out, so that no record is made")
     if not asked.dry_run:
         if not torch.cuda.is_available():
             parser.error("torch sees no CUDA device here; --dry-run proves the script without one")
         build()
-    if asked.part == "test":
-        return test(asked.arguments)
     torch.backends.cudnn.benchmark = True  # the peer at its best
     device = torch.device("cpu" if asked.dry_run else "cuda")
-    path = asked.out or RECORDS / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".jsonl")
-    for r in run(asked.part, path, device, asked.dry_run, asked.seconds):
-        print(line_of(r), flush=True)
-    return 0
+    for part in PARTS if asked.part == "all" else (asked.part,):
+        if part == "test":
+            status |= test(asked.op, asked.arguments) | sanitize(asked.op)
+        elif part == "tune":
+            _gpu_tune.tune(asked.op, asked.out, device, asked.dry_run, end, machine(device))
+        else:
+            path = asked.out or RECORDS / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".jsonl")
+            for r in run(part, asked.op, path, device, asked.dry_run, end):
+                print(line_of(r), flush=True)
+    return status
 
 
 if __name__ == "__main__":

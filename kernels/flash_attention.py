@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from pyarch.kernels._common import bound, capability, dot, narrow, on_device_of
+from pyarch.kernels._tuned import tuned
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -47,13 +48,24 @@ class Config:
     num_stages: int
 
 
+def key_for(rows: int, size: int) -> str:
+    """What calls in 16 bits share a tuned config."""
+    return f"d{size} rows{'<=' if rows <= 64 else '>'}64"
+
+
 def config_for(rows: int, size: int, dtype: torch.dtype, arch: int, scored: bool, whole: bool) -> Config:
-    """The config for sequences of so many rows; size: the larger head size, padded.
+    """The config for sequences of so many rows, as tuned on this card; size: the larger head size, padded.
 
     scored: with bias or mask, which are loaded into registers, element by element where their rows are not aligned.
     whole: q, k and v can be loaded in vectors of 16 bytes, past the registers.
-    The largest tiles that no feature makes spill (tests/compile_kernels.py). None is measured yet.
     """
+    plain = whole and not scored and dtype != torch.float32
+    found = tuned("flash_attention", key_for(rows, size), Config) if plain else None
+    return found or default_for(rows, size, dtype, arch, scored, whole)
+
+
+def default_for(rows: int, size: int, dtype: torch.dtype, arch: int, scored: bool, whole: bool) -> Config:
+    """The largest tiles that no feature makes spill (tests/compile_kernels.py). None is measured yet."""
     chunk = 32 if dtype == torch.float32 else size  # of multiply-adds, whose operands lie in registers
     if not whole:
         return Config(16 if size == 256 else 32, 16, chunk, 8, 1)

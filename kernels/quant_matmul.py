@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from pyarch.kernels._common import INTERPRETING, activate, capability, dot, narrow, on_device_of, subtract
+from pyarch.kernels._tuned import tuned
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,42 @@ class Config:
     num_stages: int
 
 
-def config_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Config:
-    """The config for (m, n, k): small tiles and a split K until every multiprocessor reads weights."""
+def key_for(shape: tuple[int, int, int], bits: int) -> str:
+    """What calls share a tuned config: the rows of a tile, and the weight's elements to a power of two."""
     m, n, k = shape
-    multiprocessors = 132 if arch >= 90 else 108
+    rows = next((rows for rows in (16, 32, 64, 256) if m <= rows), "more")
+    return f"int{bits} m{rows} 2^{(n * k).bit_length() - 1}"
+
+
+def default_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Config:
+    """The config for (m, n, k) where none is tuned; split_k: the most parts that K may have."""
+    m, n, _ = shape
     if dtype == torch.float32:
-        config = Config(block_m=32, block_n=64, block_k=32, split_k=1, num_warps=4, num_stages=2)
-    elif m <= 32:
-        config = Config(block_m=16 if m <= 16 else 32, block_n=64, block_k=128, split_k=1, num_warps=4, num_stages=4)
-    elif m * n <= 64 * 64 * multiprocessors:
-        config = Config(block_m=64, block_n=64, block_k=64, split_k=1, num_warps=4, num_stages=4)
-    else:
-        config = Config(block_m=128, block_n=128, block_k=64, split_k=1, num_warps=8, num_stages=3)
+        return Config(block_m=32, block_n=64, block_k=32, split_k=16, num_warps=4, num_stages=2)
+    if m <= 32:
+        return Config(block_m=16 if m <= 16 else 32, block_n=64, block_k=128, split_k=16, num_warps=4, num_stages=4)
+    if m * n <= 64 * 64 * _multiprocessors(arch):
+        return Config(block_m=64, block_n=64, block_k=64, split_k=16, num_warps=4, num_stages=4)
+    return Config(block_m=128, block_n=128, block_k=64, split_k=16, num_warps=8, num_stages=3)
+
+
+def config_for(shape: tuple[int, int, int], bits: int, dtype: torch.dtype, arch: int) -> Config:
+    """The config for (m, n, k) and int4 or int8 codes: tiles as tuned on this card, and a split K until every
+    multiprocessor reads weights."""
+    found = None if dtype == torch.float32 else tuned("quant_matmul", key_for(shape, bits), Config)
+    return fit(found or default_for(shape, dtype, arch), shape, arch)
+
+
+def fit(config: Config, shape: tuple[int, int, int], arch: int) -> Config:
+    """K in at most split_k parts, of at least 512 columns each, to be worth the second pass."""
+    m, n, k = shape
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    most = min(2 * multiprocessors // tiles, k // 512, 16)  # at least 512 columns each, to be worth the second pass
+    most = min(2 * _multiprocessors(arch) // tiles, k // 512, config.split_k)
     return replace(config, split_k=1 << max(0, most.bit_length() - 1))
+
+
+def _multiprocessors(arch: int) -> int:
+    return 132 if arch >= 90 else 108
 
 
 @triton.jit
@@ -184,7 +206,7 @@ def forward(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, ac
     if m == 0 or n == 0:
         return y
     with on_device_of(x):
-        config = config_for((m, n, k), x.dtype, capability())
+        config = config_for((m, n, k), 4 if q.dtype == torch.uint8 else 8, x.dtype, capability())
         return launch(config, y, x, q, scale, zero, offset, bias, group_size, activation, slope)
 
 

@@ -14,6 +14,8 @@ table does not know is held to the first two.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -35,9 +37,10 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # what a block can have, by compute c
 Costs = dict[str, int]
 
 
-def quant_matmul_calls() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """One call for each shape of tile that config_for knows, in each weight format whose code differs."""
-    from pyarch.kernels import quant_matmul
+def quant_matmul_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """One call for each shape of tile that config_for knows, in each weight format whose code differs; tuned tiles in
+    the one that costs most."""
+    from pyarch.kernels import _tuned, quant_matmul
 
     n = k = 4096
     for m, bits, group, zero, dtype in [
@@ -55,11 +58,19 @@ def quant_matmul_calls() -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         label = f"m{m} int{bits} g{group} zero={zero} {dtype}".replace("torch.", "")
         arguments = (x, q, scale, zeros, None, None, bias, n, group, 0, 2, 0.0)
         yield label, lambda arguments=arguments: quant_matmul.forward(*arguments)
+    for key, config in _tuned.shipped("quant_matmul", quant_matmul.Config, arch):
+        q = torch.empty((n, k // 2), dtype=torch.uint8) if "int4" in key else torch.empty((n, k), dtype=torch.int8)
+        sizes = (config.block_m, k), (n, k // 128), (n, k // 128)
+        x, scale, offset = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
+        arguments = (x.new_empty(len(x), n), x, q, scale, None, offset, None, 128, 2, 0.0)
+        one = dataclasses.replace(config, split_k=1)
+        yield f"tuned {one} {key}", functools.partial(quant_matmul.launch, one, *arguments)
 
 
-def flash_attention_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every config of config_for, with the features of language models and with all that it is for together."""
-    from pyarch.kernels import flash_attention
+def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every config of config_for, with the features of language models and with all that it is for together; tuned
+    ones with all."""
+    from pyarch.kernels import _tuned, flash_attention
 
     most = "packed window sinks softcap alibi"
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -83,6 +94,11 @@ def flash_attention_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         label = f"d{d} dv{dv} rows{rows} {dtype} {features.replace(' ', '+') or 'plain'}".replace("torch.", "")
         arguments = (q, k, v, sinks, bias, mask, slopes, cu, cu, *numbers)
         yield label, lambda arguments=arguments: flash_attention.forward(*arguments)
+        for key, config in _tuned.shipped("flash_attention", flash_attention.Config, arch):
+            if (key, features, dv) == (flash_attention.key_for(rows, d), most, d):
+                results = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+                call = functools.partial(flash_attention.launch, config, *results, *arguments)
+                yield f"tuned {config} {label}", call
 
 
 TRITON = {"quant_matmul": quant_matmul_calls, "flash_attention": flash_attention_calls}
@@ -112,7 +128,7 @@ def triton_kernels(folder: Path) -> Iterator[tuple[str, Costs]]:
         built: list[tuple[str, bytes, int]] = []
         triton.runtime.driver.set_active(NullDriver(arch, lambda *kernel, to=built: to.append(kernel)))
         for op, calls in TRITON.items():
-            for label, call in calls():
+            for label, call in calls(arch):
                 built.clear()
                 call()
                 for name, binary, shared in built:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import gpu
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,10 +26,12 @@ def test_dry_run(part, tmp_path):
     first = script("--part", part, "--dry-run", "--out", str(out))
     assert first.returncode == 0, first.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {r["work"] for r in records} == {
+    works = {
         "peers": {"ceiling", "attention", "conv2d", "lstm"},
-        "bench": {"flash_attention", "quant_matmul int4 g128", "quant_matmul int4 g32", "kv_append", "paged decode"},
-    }[part]
+        "bench": {"flash_attention", "quant_matmul int4 g128", "quant_matmul int4 g32", "paged_kv append",
+                  "paged_kv decode"},
+    }  # fmt: skip
+    assert {r["work"] for r in records} == works[part]
     for r in records:
         assert {"card", "commit", "torch", "date", "us", "graph"} <= r.keys()
         assert "failed" not in r
@@ -50,3 +54,25 @@ def test_makes_no_record_without_a_gpu():
     assert "no CUDA device" in script("--part", "peers").stderr
     assert "--out" in script("--part", "peers", "--dry-run").stderr
     assert not (ROOT / "bench/records/gpu").exists() or not list((ROOT / "bench/records/gpu").glob("*dry*"))
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (5, 0), (1, 1), (9, 1)])
+def test_compute_sanitizer(code, status, tmp_path, monkeypatch):
+    """It watches our kernels alone, with every tensor an allocation; whatever it does not prove counts as wrong."""
+    tool, log = tmp_path / "compute-sanitizer", tmp_path / "log"
+    tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> {log}\nexit {code}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu.sanitize("paged_kv") == status
+    memory, races = log.read_text().splitlines()
+    assert memory.startswith("1 --tool memcheck --kernel-name kns=pyarch ")
+    assert races.startswith("1 --tool racecheck ")
+    assert all("cuda and paged_kv" in line for line in (memory, races))
+
+
+def test_compute_sanitizer_that_does_not_end(tmp_path, monkeypatch):
+    (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 0.1)
+    assert gpu.sanitize("") == 1

@@ -55,6 +55,9 @@ def test_source_archive_holds_the_sources(archive):
 
 
 def test_wheel_from_the_source_archive_runs_from_a_folder(archive, tmp_path):
+    tuned = archive / "kernels/tuned/some-card.json"
+    tuned.parent.mkdir(exist_ok=True)
+    tuned.write_text("{}")
     isa = arch.cpu_isas()[0]  # one library: the others compile the same sources, and make build has done so
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "-o", str(tmp_path), ".", cwd=archive,
         PYARCH_CPU_ISA=isa, PYARCH_CUDA="0")  # fmt: skip
@@ -64,7 +67,7 @@ def test_wheel_from_the_source_archive_runs_from_a_folder(archive, tmp_path):
         held = set(z.namelist())
         z.extractall(tmp_path / "installed")
     assert f"pyarch/_cpu_{isa}.abi3.so" in held
-    assert {f"pyarch/{name}" for name in repository("kernels/*.py")} <= held
+    assert {f"pyarch/{name}" for name in repository("kernels")} | {f"pyarch/{tuned.relative_to(archive)}"} <= held
     tops = {name.split("/")[0] for name in held}
     assert tops == {"pyarch", next(n for n in tops if n.endswith(".dist-info"))}, "nothing beside pyarch is installed"
     folder = str(tmp_path / "installed")

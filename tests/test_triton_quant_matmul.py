@@ -93,7 +93,7 @@ def test_float32_in_full(bits, form):
 def every_config():
     """What config_for gives over the range of shapes, each also with K split into 3 unevenly."""
     shapes = itertools.product((1, 20, 64, 200, 2048), (512, 4096), (512, 4096))
-    found = {kernel.config_for(shape, torch.bfloat16, cc) for shape in shapes for cc in (80, 90)}
+    found = {kernel.config_for(shape, 4, torch.bfloat16, cc) for shape in shapes for cc in (80, 90)}
     assert {config.split_k > 1 for config in found} == {True, False}
     tiles = {dataclasses.replace(config, split_k=1) for config in found}
     return sorted(tiles | {dataclasses.replace(tile, split_k=3) for tile in tiles}, key=str)

@@ -1,0 +1,77 @@
+"""Tuned configs: what a card's file says is what runs, and the tuner writes such a file."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyarch
+
+if pyarch.backends()["triton"]:
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+
+from pyarch.kernels import _tuned, flash_attention, quant_matmul  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+MATMUL = quant_matmul.Config(block_m=16, block_n=32, block_k=64, split_k=2, num_warps=8, num_stages=2)
+ATTENTION = flash_attention.Config(block_m=16, block_n=32, block_d=16, num_warps=2, num_stages=1)
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A card with tuned configs for small calls."""
+    found = {"quant_matmul": {quant_matmul.key_for((3, 64, 1024), 4): MATMUL},
+             "flash_attention": {flash_attention.key_for(9, 16): ATTENTION}}  # fmt: skip
+    table = {op: {key: {"config": dataclasses.asdict(c)} for key, c in found[op].items()} for op in found}
+    (tmp_path / "some-card.json").write_text(json.dumps({"capability": 90, **table}))
+    monkeypatch.setattr(_tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(_tuned, "_card", lambda: "Some Card")
+    _tuned._table.cache_clear()
+    yield
+    _tuned._table.cache_clear()
+
+
+def test_what_is_tuned_runs(card, monkeypatch):
+    ran = []
+    for module in (quant_matmul, flash_attention):
+        launch = module.launch
+        monkeypatch.setattr(module, "launch", lambda c, *rest, launch=launch: ran.append(c) or launch(c, *rest))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(3, 1024, device=device, dtype=torch.float16)
+    w = pyarch.quantize(torch.randn(64, 1024)).to(device)
+    got = pyarch.quant_matmul(x, w, backend="triton")
+    torch.testing.assert_close(got.float(), x.float() @ w.dequantize().T, rtol=1e-2, atol=1e-1)
+    q = torch.randn(1, 2, 9, 16, device=device, dtype=torch.float16)
+    got = pyarch.flash_attention(q, q, q, backend="triton")
+    want = torch.nn.functional.scaled_dot_product_attention(q.float(), q.float(), q.float())
+    torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-2)
+    assert ran == [MATMUL, ATTENTION]
+    pyarch.flash_attention(q, q, q, bias=q.new_zeros(9, 9), backend="triton")
+    assert ran[-1] != ATTENTION, "tuned without bias"
+
+
+def test_only_configs_of_the_architecture_are_compiled(card):
+    assert [config for _, config in _tuned.shipped("quant_matmul", quant_matmul.Config, 90)] == [MATMUL]
+    assert not list(_tuned.shipped("quant_matmul", quant_matmul.Config, 80))
+
+
+@pytest.mark.parametrize("op", ["quant_matmul", "flash_attention"])
+def test_tuner(op, tmp_path):
+    """Tiny and interpreted: it chooses among candidates and the default, writes what _tuned reads, and goes on."""
+    out = tmp_path / "card.json"
+    command = [sys.executable, "-m", "bench.gpu", "--part", "tune", "--op", op, "--dry-run", "--out", str(out)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    first = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    (entry,) = json.loads(out.read_text())[op].values()
+    module = {"quant_matmul": quant_matmul, "flash_attention": flash_attention}[op]
+    assert module.Config(**entry["config"])
+    assert entry["gain"] >= 1
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert not again.stdout, "a kind that this commit has tuned is not measured again"
