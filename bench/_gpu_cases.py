@@ -7,6 +7,7 @@ there are enough copies that no call finds its inputs in the cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,11 @@ def matmul_ceiling(dtype: torch.dtype) -> Callable[[torch.device, bool], Entry]:
 # ---- peers, of attention also against ours
 
 
+def sdpa_backends(device: torch.device) -> tuple[SDPBackend, ...]:
+    able = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    return able if device.type == "cuda" else able[:1]
+
+
 def sdpa(b: int, h: int, s: int, d: int, causal: bool, against: bool = False) -> Callable[[torch.device, bool], Entry]:
     def make(device: torch.device, small: bool) -> Entry:
         length = 64 if small else s
@@ -82,8 +88,7 @@ def sdpa(b: int, h: int, s: int, d: int, causal: bool, against: bool = False) ->
 
             return run
 
-        able = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-        calls = {f"SDPA {one.name.lower()}": call(one) for one in (able if device.type == "cuda" else able[:1])}
+        calls = {f"SDPA {one.name.lower()}": call(one) for one in sdpa_backends(device)}
         if against:
             ours = "triton" if device.type == "cuda" else "auto"
             calls[f"pyarch {ours}"] = lambda _: pyarch.flash_attention(q, k, v, causal=causal, backend=ours)
@@ -123,6 +128,62 @@ def cudnn_lstm(batch: int, steps: int, size: int, layers: int) -> Callable:
 
 
 # ---- ours against peers
+
+
+def attention_gradient(b: int, h: int, s: int, d: int, causal: bool) -> Callable[[torch.device, bool], Entry]:
+    """Gradients of q, k and v alone: the forward has run."""
+
+    def make(device: torch.device, small: bool) -> Entry:
+        length = 32 if small else s
+        inputs = [randn(b, h, length, d, device=device).requires_grad_() for _ in range(3)]
+        weight = randn(b, h, length, d, device=device)
+
+        def call(forward: Callable[..., torch.Tensor]) -> Call:
+            with torch.enable_grad():
+                out = forward(*inputs)
+            return lambda _: torch.autograd.grad(out, inputs, weight, retain_graph=True)
+
+        def theirs(backend: SDPBackend) -> Callable[..., torch.Tensor]:
+            def forward(*qkv: torch.Tensor) -> torch.Tensor:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(*qkv, is_causal=causal)
+
+            return forward
+
+        ours = "triton" if device.type == "cuda" else "auto"
+        calls = {f"pyarch {ours}": call(lambda *qkv: pyarch.flash_attention(*qkv, causal=causal, backend=ours))}
+        calls |= {f"SDPA {one.name.lower()}": call(theirs(one)) for one in sdpa_backends(device)}
+        return Entry(calls, copies=1, flops=10 * b * h * length**2 * d / (2 if causal else 1))
+
+    return make
+
+
+def attention_feature(feature: str) -> Callable[[torch.device, bool], Entry]:
+    """A feature against the same number of tiles without it: what the feature itself costs."""
+
+    def make(device: torch.device, small: bool) -> Entry:
+        h, s, d, window = (1, 32, 16, 16) if small else (16, 8192, 128, 1024)
+        q, k, v = (randn(1, h, s, d, device=device) for _ in range(3))
+        ours = "triton" if device.type == "cuda" else "auto"
+        attend = functools.partial(pyarch.flash_attention, backend=ours)
+        if feature == "window":  # as many keys a row as the dense call has
+            short_k, short_v = (x[:, :, :window].contiguous() for x in (k, v))
+            with_it = lambda _: attend(q, k, v, window=(window - 1, 0))
+            without = lambda _: attend(q, short_k, short_v)
+            flops = 4.0 * h * s * window * d
+        elif feature == "sinks":
+            sinks = torch.randn(h, device=device)
+            with_it, without = (lambda _: attend(q, k, v, sinks=sinks)), lambda _: attend(q, k, v)
+            flops = 4.0 * h * s * s * d
+        else:  # eight sequences, packed or as a batch
+            cu = torch.arange(0, s + 1, s // 8, dtype=torch.int32, device=device)
+            batch = [x.view(h, 8, s // 8, d).transpose(0, 1).contiguous() for x in (q, k, v)]
+            with_it = lambda _: attend(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+            without = lambda _: attend(*batch)
+            flops = 4.0 * h * s * s // 8 * d
+        return Entry({f"pyarch {ours} {feature}": with_it, "dense": without}, copies=1, flops=flops)
+
+    return make
 
 
 def quantised(n: int, k: int, group: int, device: torch.device, bits: int = 4) -> QuantizedTensor:
@@ -240,6 +301,12 @@ def cases() -> Iterator[Case]:
         for causal in (False, True):
             label = f"B{b} H{h} S{s} D{d}{' causal' * causal}"
             yield Case("bench", "flash_attention", label, sdpa(b, h, s, d, causal, against=True))
+    for b, h, s, d in ((4, 16, 2048, 128), (2, 16, 8192, 128), (4, 16, 2048, 64)):
+        for causal in (False, True):
+            label = f"B{b} H{h} S{s} D{d}{' causal' * causal}"
+            yield Case("bench", "flash_attention gradient", label, attention_gradient(b, h, s, d, causal))
+    for feature in ("window", "sinks", "varlen"):
+        yield Case("bench", "flash_attention feature", feature, attention_feature(feature))
     for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192)):
         for m in (1, 4, 16, 64, 256, 2048):
             yield Case("bench", "quant_matmul int4 g128", f"M{m} N{n} K{k}", int4_matmul(m, n, k, 128))

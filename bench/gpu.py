@@ -157,7 +157,7 @@ def run(part: str, op: str, path: Path, device: torch.device, small: bool, end: 
 
 def record(case: Case, path: Path, device: torch.device, small: bool, about: dict, known: dict) -> dict:
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.no_grad():
         found = measure(case.make(device, small), device, 3 if small else ROUNDS)
     line = {**about, "part": case.part, "work": case.work, "case": case.name, **found}
     line |= fractions(line, known)
