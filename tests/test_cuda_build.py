@@ -49,6 +49,15 @@ def test_builds_and_registers(built):
     assert {name.removeprefix("pyarch::") for name in run.stdout.split()} >= registered
 
 
+def test_the_host_calls_no_device_function(built):
+    """nvcc makes such a call in a template one of exit() or free(), without a word."""
+    objects = [p for p in built.rglob("*.o") if p.name != "bindings.o"]
+    assert len(objects) >= 2
+    for path in objects:
+        missing = subprocess.run(["nm", "-u", path], capture_output=True, text=True, check=True).stdout.split()
+        assert not {"exit", "free"} & set(missing), path.name
+
+
 def test_holds_code_for_every_architecture(built):
     from triton import knobs
 

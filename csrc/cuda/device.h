@@ -28,6 +28,8 @@
 
 #define PYARCH_KERNEL __global__ void
 #define PYARCH_DEVICE __device__ __forceinline__
+// What the host calls too: in a template nvcc compiles a host's call of a device function to exit(), unsaid.
+#define PYARCH_BOTH __host__ __device__ __forceinline__
 // Between PYARCH_KERNEL and the name: threads of a block, and blocks that a multiprocessor must have room
 // for.
 #define PYARCH_THREADS(threads, blocks) __launch_bounds__(threads, blocks)

@@ -47,7 +47,7 @@ struct Layout {
   int64_t q, scores, offsets, acc, m, l, a, b, bytes;
 };
 template <class T>
-PYARCH_DEVICE Layout layout(int lanes, int dim, int key_bytes) {
+PYARCH_BOTH Layout layout(int lanes, int dim, int key_bytes) {
   const int64_t ring = int64_t{kStages} * kTile<T> * key_bytes;
   const int64_t sums = int64_t{kThreads} * lanes * kPer16<T> * 4;
   const int64_t fold = int64_t{kBatch} * 2 * lanes * 4;

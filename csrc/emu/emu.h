@@ -21,6 +21,7 @@
 
 #define PYARCH_KERNEL void
 #define PYARCH_DEVICE inline
+#define PYARCH_BOTH inline
 #define PYARCH_THREADS(threads, blocks)
 
 struct dim3 {
