@@ -22,19 +22,29 @@ Packed sequences: sequence b has the tiles from cu_seqlens_q[b] // BM + b on, mo
 without reading lengths. Each program reads all of cu_seqlens; if they do not rise from 0 to the end, out is NaN.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from pyarch.kernels._attention import (
+    L2_BYTES,
+    LN2,
+    LOG2E,
+    check_memory,
+    constants,
+    load_tile,
+    operands,
+    padded,
+    place_of,
+    scores_of,
+    sequence_of,
+    whole,
+    window_of,
+)
 from pyarch.kernels._common import bound, capability, dot, narrow, on_device_of
 from pyarch.kernels._tuned import tuned
-
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
-L2_BYTES = 32 << 20  # of k and v that programs running together may share; an A100 has 40 MiB, an H100 50
 
 
 @dataclass(frozen=True)
@@ -80,28 +90,11 @@ def default_for(rows: int, size: int, dtype: torch.dtype, arch: int, scored: boo
     return Config(128, 128 if arch >= 90 and size <= 64 else 64, size, 8, 3)
 
 
-def _padded(size: int) -> int:
-    """The smallest power of two that holds size, at least 16: what a dot takes."""
-    return max(16, triton.next_power_of_2(size))
-
-
-@triton.jit
-def _tanh(x, ACCURATE: tl.constexpr):
-    """tanh of fp32, to some 1e-7; ACCURATE: relative to the result, by a polynomial fitted to it below 0.6."""
-    y = 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2E)) + 1.0)
-    if ACCURATE:
-        z = x * x
-        c = 0.021798964 + z * (-0.0084468815 + z * 0.0024149067)
-        c = -0.33333333 + z * (0.13333318 + z * (-0.053962792 + z * c))
-        y = tl.where(z < 0.36, x + x * z * c, y)
-    return y
-
-
 @triton.jit
 def _attend(
     acc, m, total, q, q_rows, k_head, v_head, bias_rows, mask_rows, position, low, high, gap_at, gap, keys,
     stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, stride_mn,
-    left, right, scale, cap, slope,  # scale in log2 units; with softcap, scale / softcap, and cap in log2 units
+    left, right, scale, cap, slope,
     D: tl.constexpr, DV: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
@@ -120,35 +113,21 @@ def _attend(
         v_rows = v_head + n * stride_vn + columns.to(tl.int64)[:, None] * stride_vn  # [BN, 1]
         s = tl.zeros((BM, BN), tl.float32)
         if BD == DP:
-            k_tile = _load_tile(k_rows, d, stride_kd, inside, EDGE, D, DP)  # [BN, DP]
+            k_tile = load_tile(k_rows, d, stride_kd, inside, EDGE, D, DP)  # [BN, DP]
             s = dot(q, tl.trans(k_tile), s)
         else:
             for chunk in tl.static_range(0, DP, BD):
-                q_chunk = _load_tile(q_rows, chunk + d, stride_qd, inside, False, D, DP)  # [BM, BD]
-                k_chunk = _load_tile(k_rows, chunk + d, stride_kd, inside, EDGE, D, DP)  # [BN, BD]
+                q_chunk = load_tile(q_rows, chunk + d, stride_qd, inside, False, D, DP)  # [BM, BD]
+                k_chunk = load_tile(k_rows, chunk + d, stride_kd, inside, EDGE, D, DP)  # [BN, BD]
                 s = dot(q_chunk, tl.trans(k_chunk), s)
 
-        if SOFTCAP:
-            s = _tanh(s * scale, dtype == tl.float32) * cap
-        elif EDGE or not FOLD:
-            s *= scale
-        if BIAS:
-            added = _load_scores(bias_rows + n * stride_bn, columns, stride_bn, inside, EDGE)  # [BM, BN]
-            s += added.to(tl.float32) * LOG2E
-        away = (start + columns)[None, :] - position[:, None]
-        if ALIBI:
-            s -= tl.abs(away).to(tl.float32) * slope
-        if MASK:
-            kept = _load_scores(mask_rows + n * stride_mn, columns, stride_mn, inside, EDGE)  # [BM, BN]
-            s = tl.where(kept != 0, s, float("-inf"))
-        if EDGE:
-            seen = inside[None, :]
-            if LEFT:
-                seen = seen & (away >= -left)
-            if RIGHT:
-                seen = seen & (away <= right)
-            s = tl.where(seen, s, float("-inf"))
-
+        s, _ = scores_of(
+            s, (start + columns)[None, :] - position[:, None], inside[None, :],
+            bias_rows + n * stride_bn + columns.to(tl.int64)[None, :] * stride_bn,
+            mask_rows + n * stride_mn + columns.to(tl.int64)[None, :] * stride_mn,
+            left, right, scale, cap, slope,
+            EDGE, EDGE or not FOLD, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, dtype == tl.float32,
+        )  # fmt: skip
         top = tl.max(s, 1)  # [BM]
         if FOLD and not EDGE:
             top *= scale
@@ -161,55 +140,15 @@ def _attend(
         shrink = tl.exp2(m - base)
         total = total * shrink + tl.sum(p, 1)
         m = top
-        v_tile = _load_tile(v_rows, dv, stride_vd, inside, EDGE, DV, DVP)  # [BN, DVP]
+        v_tile = load_tile(v_rows, dv, stride_vd, inside, EDGE, DV, DVP)  # [BN, DVP]
         acc = dot(narrow(p, dtype), v_tile, acc * shrink[:, None])
     return acc, m, total
 
 
-@triton.jit
-def _load_tile(rows, d, stride, inside, EDGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Columns d of a tile whose rows begin at rows [N, 1]; zeros from column D on and, at an EDGE, where not inside."""
-    cells = rows + d.to(tl.int64)[None, :] * stride
-    if EDGE and D == DP:
-        return tl.load(cells, mask=inside[:, None], other=0.0)
-    elif EDGE:
-        return tl.load(cells, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    elif D == DP:
-        return tl.load(cells)
-    else:
-        return tl.load(cells, mask=(d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_scores(rows, n, stride, inside, EDGE: tl.constexpr):
-    """What is given for each score. rows: [BM, 1]; n, inside: [BN]."""
-    cells = rows + n.to(tl.int64)[None, :] * stride
-    if EDGE:
-        return tl.load(cells, mask=inside[None, :], other=0)
-    else:
-        return tl.load(cells)
-
-
-@triton.jit
-def _sequence_of(tile, cu_q, cu_k, sequences, total_q, total_k, BM: tl.constexpr):
-    """(the sequence that a tile belongs to, how many entries of cu_seqlens are wrong)."""
-    found, wrong = 0, 0
-    for step in range(0, bound(sequences), 256):
-        b = step + tl.arange(0, 256)
-        inside = b < sequences
-        q0, q1 = tl.load(cu_q + b, mask=inside, other=0), tl.load(cu_q + b + 1, mask=inside, other=0)  # [256]
-        k0, k1 = tl.load(cu_k + b, mask=inside, other=0), tl.load(cu_k + b + 1, mask=inside, other=0)  # [256]
-        falls = (q0 > q1) | (k0 > k1)
-        begins = (b == 0) & ((q0 != 0) | (k0 != 0))
-        ends = (b == sequences - 1) & ((q1 != total_q) | (k1 != total_k))
-        found += tl.sum((inside & (q0 // BM + b <= tile)).to(tl.int32), 0)
-        wrong += tl.sum((inside & (falls | begins | ends)).to(tl.int32), 0)
-    return found - 1, wrong
-
-
 @triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "share", "left", "right"])
 def _forward_kernel(
-    q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, out, lse,  # out (B, H, rows, DV), lse (B, H, rows), both dense
+    out, lse,  # (B, H, rows, DV) and (B, H, rows), both dense
+    q, k, v, sinks, bias, mask, slopes, cu_q, cu_k,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_bb, stride_bh, stride_bm, stride_bn,
     stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh,
@@ -220,12 +159,8 @@ def _forward_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    first = program // (share * tiles) * share
-    rest = program % (share * tiles)
-    width = tl.minimum(heads - first, share)
-    tile = tiles - 1 - rest // width
-    bh = first + rest % width
+    place, bh = place_of(tl.program_id(0), heads, tiles, share)
+    tile = tiles - 1 - place
     b, h = bh // H, bh % H
     d, dv = tl.arange(0, BD), tl.arange(0, DVP)
     out += bh.to(tl.int64) * rows * DV
@@ -233,7 +168,7 @@ def _forward_kernel(
 
     i0, first_q, first_k, sequence = tile * BM, 0, 0, b
     if PACKED:
-        sequence, wrong = _sequence_of(tile, cu_q, cu_k, sequences, rows, keys, BM)
+        sequence, wrong = sequence_of(tile, cu_q, cu_k, sequences, rows, keys, BM)
         if wrong > 0:
             i = i0 + tl.arange(0, BM)
             nan = tl.full((BM, DVP), float("nan"), tl.float32)
@@ -253,7 +188,7 @@ def _forward_kernel(
     v_head = v + b * stride_vb + kv * stride_vh + first_k * stride_vn
     bias_rows = bias + b * stride_bb + h * stride_bh + row * stride_bm + first_k * stride_bn
     mask_rows = mask + b * stride_mb + h * stride_mh + row * stride_mm + first_k * stride_mn
-    q_tile = _load_tile(q_rows, d, stride_qd, i < rows, False, D, DP)  # [BM, DP]; not used where BD < DP
+    q_tile = load_tile(q_rows, d, stride_qd, i < rows, False, D, DP)  # [BM, DP]; not used where BD < DP
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + sequence * stride_sb + h * stride_sh) * LOG2E
@@ -307,11 +242,11 @@ def _store(out, lse, acc, logarithm, row, dv, inside, DV: tl.constexpr):
 
 def forward(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, left, right, softcap, scale):
     """pyarch::flash_attention__triton: (out (B, H, Sq, Dv) like q, lse (B, H, Sq) fp32); every input in place."""
-    _check_memory(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
+    check_memory(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
     rows = q.shape[2] if cu_q is None else q.shape[2] // (len(cu_q) - 1)
     with on_device_of(q):
-        size, scored = _padded(max(q.shape[3], v.shape[3])), bias is not None or mask is not None
-        config = config_for(rows, size, q.dtype, capability(), scored, all(map(_whole, (q, k, v))))
+        size, scored = padded(max(q.shape[3], v.shape[3])), bias is not None or mask is not None
+        config = config_for(rows, size, q.dtype, capability(), scored, all(map(whole, (q, k, v))))
         out = q.new_empty((*q.shape[:3], v.shape[3]))
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         tensors = (q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
@@ -327,58 +262,14 @@ def launch(config: Config, out, lse, q, k, v, sinks, bias, mask, slopes, cu_q, c
     tiles = triton.cdiv(rows, config.block_m) if cu_q is None else rows // config.block_m + sequences
     group = heads // kv_heads
     share = max(1, L2_BYTES // max(1, keys * (d + dv) * q.element_size())) * group
-    # A side of the window that reaches past every key is unbounded: fewer kernels, and no position overflows.
-    left, right = (-1 if side >= rows + keys else side for side in (left, right))
-    padded, strides = _padded(d), lambda x, n: (0,) * n if x is None else x.stride()
-    slope_strides = (0, *strides(slopes, 1))[-2:]
+    left, right = window_of(left, right, rows, keys)
+    features = constants(q, v, sinks, bias, mask, slopes, cu_q, left, right, softcap)
     _forward_kernel[(tiles * batch * heads,)](
-        q, k, v, *(q if x is None else x for x in (sinks, bias, _bytes(mask), slopes, cu_q, cu_k)), out, lse,
-        *q.stride(), *k.stride(), *v.stride(), *strides(bias, 4), *strides(mask, 4), *slope_strides,
+        out, lse, *operands(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k),
         batch * heads, heads, group, rows, keys, sequences, tiles, min(share, batch * heads),
         max(left, 0), max(right, 0), scale / softcap if softcap > 0 else scale * LOG2E.value, softcap * LOG2E.value,
-        D=d, DV=dv, PACKED=cu_q is not None, SINKS=sinks is not None,
-        FOLD=scale >= 0 and softcap <= 0 and bias is None and mask is None and slopes is None,
-        LEFT=left >= 0, RIGHT=right >= 0, SOFTCAP=softcap > 0, BIAS=bias is not None, MASK=mask is not None,
-        ALIBI=slopes is not None, BM=config.block_m, BN=config.block_n, BD=min(config.block_d, padded), DP=padded,
-        DVP=_padded(dv), num_warps=config.num_warps, num_stages=config.num_stages,
-        enable_fp_fusion=True,  # a multiply and an add become one rounding, whatever Triton's default
+        **features, FOLD=scale >= 0 and softcap <= 0 and bias is None and mask is None and slopes is None,
+        BM=config.block_m, BN=config.block_n, BD=min(config.block_d, features["DP"]),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
-
-
-def _whole(x: torch.Tensor) -> bool:
-    """Whether every row can be read in vectors of 16 bytes."""
-    vector = 16 // x.element_size()
-    outer = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    return x.stride(3) == 1 and all(n % vector == 0 for n in (x.shape[3], x.storage_offset(), *outer))
-
-
-def _bytes(mask):
-    return None if mask is None else mask.view(torch.uint8)
-
-
-def _check_memory(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k):
-    """The operator is open to anyone: refuses what would read outside a tensor or is not this kernel's to compute."""
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k, v: must be 4-dimensional float32, float16 or bfloat16, not {q.dtype} {tuple(q.shape)}")
-    (batch, heads, rows, d), (_, kv_heads, keys, dv) = q.shape, v.shape
-    if not (0 < d <= 256 and 0 < dv <= 256) or max(rows, keys) >= 2**30:
-        raise ValueError(f"q: head sizes must be 1 to 256 and lengths below 2^30, not {d}, {dv} and {rows}, {keys}")
-    if heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"k: its {kv_heads} heads must divide q's {heads}")
-    if (cu_q is None) != (cu_k is None) or (cu_q is not None and (cu_q.dim() != 1 or len(cu_q) < 2 or batch != 1)):
-        raise ValueError("cu_seqlens_q: must be None as cu_seqlens_k, or (n + 1) with one batch and n of at least 1")
-    sequences = batch if cu_q is None else len(cu_q) - 1
-    floats, scores = (q.dtype, torch.float32), (batch, heads, rows, keys)
-    per_head = (heads,) if slopes is None or slopes.dim() == 1 else (sequences, heads)
-    for name, x, shape, dtypes in [
-        ("k", k, (batch, kv_heads, keys, d), (q.dtype,)), ("v", v, (batch, kv_heads, keys, dv), (q.dtype,)),
-        ("sinks", sinks, (heads,), floats), ("bias", bias, scores, floats), ("mask", mask, scores, (torch.bool,)),
-        ("alibi_slopes", slopes, per_head, floats), ("cu_seqlens_q", cu_q, (sequences + 1,), (torch.int32,)),
-        ("cu_seqlens_k", cu_k, (sequences + 1,), (torch.int32,)),
-    ]:  # fmt: skip
-        if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes or x.device != q.device):
-            found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-            raise ValueError(f"{name}: must be {shape} {' or '.join(map(str, dtypes))} on {q.device}, not {found}")
-        if name in ("sinks", "cu_seqlens_q", "cu_seqlens_k") and x is not None and not x.is_contiguous():
-            raise ValueError(f"{name}: must be contiguous")
