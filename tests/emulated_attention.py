@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 from emulated_operators import Emulator
-from paged_caches import paged, repaged, starts
+from paged_caches import paged, repaged, rounded, starts
 from test_paged_kv import attention_samples
 
 import pyarch
@@ -81,17 +81,22 @@ def shapes(attention):
     options = itertools.cycle(
         [{}, {"window": (100, -1)}, {"softcap": 4.0}, {"sinks": True}, {"causal": False, "window": (70, 3)}]
     )
-    for number, (page_size, group, dim) in enumerate(
+    for number, (page_size, group, dim, int8) in enumerate(
         [
-            (1, 1, 64),
-            (5, 3, 128),
-            (16, 4, 80),
-            (256, 8, 64),
-            (16, 8, 128),
-            (7, 12, 16),
-            (16, 2, 256),
-            (3, 5, 8),
-            (16, 8, 256),
+            (1, 1, 64, False),
+            (5, 3, 128, False),
+            (16, 4, 80, False),
+            (256, 8, 64, False),
+            (16, 8, 128, False),
+            (7, 12, 16, False),
+            (16, 2, 256, False),
+            (3, 5, 8, False),
+            (16, 8, 256, False),
+            (5, 4, 128, True),
+            (16, 1, 80, True),
+            (1, 2, 64, True),
+            (7, 12, 16, True),
+            (16, 8, 256, True),
         ]
     ):
         dtype, chosen = DTYPES[number % 3], dict(next(options))
@@ -104,20 +109,32 @@ def shapes(attention):
         q = torch.randn(sum(rows), 2 * group, dim).to(dtype)
         if chosen.get("sinks"):
             chosen["sinks"] = torch.randn(2 * group).to(dtype if number % 2 else torch.float32)
-        close(f"page {page_size}, group {group}, head size {dim}, {dtype}, {chosen}", attention, q, caches, **chosen)
+        what = f"page {page_size}, group {group}, head size {dim}, {dtype}, {chosen}, int8 {int8}"
+        if int8:
+            caches, scales = rounded(caches)
+            chosen |= scales
+        close(what, attention, q, caches, **chosen)
 
 
 def invariance(attention):
     """The same bits alone or among others, for any page size, table width and grid."""
-    for dtype, options in zip(DTYPES, ({}, {"window": (200, 0)}, {"softcap": 4.0, "causal": False}), strict=True):
+    for dtype, int8, options in (
+        (torch.float32, False, {}),
+        (torch.bfloat16, False, {"window": (200, 0)}),
+        (torch.float16, False, {"softcap": 4.0, "causal": False}),
+        (torch.bfloat16, True, {"window": (200, 0)}),
+    ):
         lens, rows = [520, 3, 40, 290], [1, 2, 7, 3]
-        caches, dense = paged(lens, 16, 1, 40, dtype)
-        q = torch.randn(sum(rows), 3, 40).to(dtype)
-        together = attention(q, *caches, cu_seqlens_q=starts(rows), seeds=(1, 2), **options)
+        caches, dense = paged(lens, 16, 1, 48 if int8 else 40, dtype)
+        kept = lambda caches, int8=int8: rounded(caches) if int8 else (caches, {})
+        (k, v, table, seq_lens), scales = kept(caches)
+        q = torch.randn(sum(rows), 3, k.shape[3]).to(dtype)
+        options |= scales
+        together = attention(q, k, v, table, seq_lens, cu_seqlens_q=starts(rows), seeds=(1, 2), **options)
         for page_size in (1, 1024):
-            again = attention(q, *repaged(dense, page_size), cu_seqlens_q=starts(rows), **options)
+            again, scales = kept(repaged(dense, page_size))
+            again = attention(q, *again, cu_seqlens_q=starts(rows), **options | scales)
             assert all(map(same, again, together)), f"page size {page_size}"
-        k, v, table, seq_lens = caches
         for b, first in enumerate(starts(rows).tolist()[:-1]):
             part = slice(first, first + rows[b])
             cu = starts(rows[b : b + 1])
@@ -128,10 +145,10 @@ def invariance(attention):
                 one = attention(q[part][:1], k, v, table[b : b + 1], length, **options)
                 assert all(same(x, both[first : first + 1]) for x, both in zip(one, together, strict=True))
         # With a table so wide that partial results have no room, a block folds all splits of its tile by itself.
-        k, v, table, seq_lens = repaged(dense, 1024)
+        (k, v, table, seq_lens), scales = kept(repaged(dense, 1024))
         wide = torch.full((len(lens), 60_000), -1, dtype=torch.int32)
         wide[:, : table.shape[1]] = table
-        again = attention(q, k, v, wide, seq_lens, cu_seqlens_q=starts(rows), **options)
+        again = attention(q, k, v, wide, seq_lens, cu_seqlens_q=starts(rows), **options | scales)
         assert all(map(same, again, together))
 
 
@@ -171,13 +188,38 @@ def values(attention):
         assert lse.isnan().all()
 
 
+def scales(attention):
+    """Negative scales are numbers like others; NaN ones reach the rows that see their position, and no other."""
+    arguments, _ = paged([300], 16, 2, 32)
+    (k, v, table, lens), options = rounded(arguments)
+    q, cu = torch.randn(6, 4, 32), starts([6])
+    options |= {"cu_seqlens_q": cu, "window": (50, 0)}
+    clean = attention(q, k, v, table, lens, **options)[0]
+    negative = {name: -options[name] for name in ("k_scale", "v_scale")}
+    assert same(attention(q, -k, v, table, lens, **options | {"k_scale": negative["k_scale"]})[0], clean)
+    assert same(attention(q, k, v, table, lens, **options | {"v_scale": negative["v_scale"]})[0], -clean)
+    for position in (0, 243, 244, 270, 297, 299):
+        page, offset, own = table[0, position // 16], position % 16, torch.arange(294, 300)
+        for name in ("k_scale", "v_scale"):
+            odd = options[name].clone()
+            odd[page, offset] = torch.nan
+            out = attention(q, k, v, table, lens, **options | {name: odd})[0]
+            sees = (position <= own) & (position >= own - 50)
+            assert out[sees].isnan().all(), f"{name}, position {position}"
+            assert same(out[~sees], clean[~sees]), f"{name}, position {position}"
+
+
 def limits(attention):
     """What the kernel does not take is refused with the reason, by dispatch and by the operator."""
     caches, _ = paged([20, 9], 4, 1, 24, torch.float16)
     shifted = [torch.randn(*c.shape[:3], c.shape[3] + 1).half()[..., 1:] for c in caches[:2]]
     for what, q, (k, v) in (
         ("rows_a_sequence 0 to 16, not 17", torch.randn(34, 2, 24), caches[:2]),
-        ("multiples of 8, not 20", torch.randn(2, 2, 20), (c[..., :20].clone() for c in caches[:2])),
+        (
+            "multiples of 8 with floating caches, not 20",
+            torch.randn(2, 2, 20),
+            (c[..., :20].clone() for c in caches[:2]),
+        ),
         ("head_dim 8 to 256, not 264", torch.randn(2, 2, 264), (c.repeat(1, 1, 1, 11) for c in caches[:2])),
         ("multiples of 16 bytes", torch.randn(2, 2, 24), shifted),
     ):
@@ -192,7 +234,7 @@ def limits(attention):
 def main(path: str) -> None:
     torch.set_num_threads(1)
     attention = Attention(path)
-    for part in (samples, shapes, invariance, values, limits):
+    for part in (samples, shapes, invariance, values, scales, limits):
         torch.manual_seed(0)
         begin, calls = time.perf_counter(), attention.calls
         part(attention)

@@ -10,11 +10,11 @@ import ctypes
 import sys
 
 import torch
-from paged_caches import paged, starts
+from paged_caches import paged, rounded, starts
 from test_emulator import LAYOUTS, case
 
-import pyarch
-from pyarch._instruments import Guarded
+from pyarch._instruments import Guarded, same
+from pyarch.ops.paged_kv import kv_append_reference
 from pyarch.testing import _hostile
 
 
@@ -54,25 +54,43 @@ def hostile(emulator: Emulator, name: str, what: str, arguments: tuple) -> tuple
 
 
 def appends(emulator: Emulator):
-    for layout in LAYOUTS:
-        arguments = (*case(layout, torch.bfloat16), None, None)
-        k, v, k_cache, v_cache, slots = arguments[:5]
-        want = [k_cache.clone(), v_cache.clone()]
-        pyarch.ops.paged_kv.kv_append_reference(k, v, *want, slots)
-        emulator("kv_append", *arguments)
-        assert torch.equal(k_cache, want[0])
-        assert torch.equal(v_cache, want[1])
-        yield layout, arguments
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for layout in LAYOUTS:
+            k, v, *caches, slots = case(layout, dtype)
+            if dtype == torch.bfloat16:
+                arguments = (k, v, *caches, slots, None, None)
+                yield layout, appended(emulator, arguments)
+            (k_cache, v_cache), scales = rounded(caches)
+            for x in (k, v):  # all zero; not numbers; the smallest numbers; ties
+                x[0], x[1, 0, 3], x[1, 1, 5] = 0, torch.nan, -torch.inf
+                x[2] = 3e-45 if dtype == torch.float32 else torch.finfo(dtype).smallest_normal
+                x[3, 0, :8] = torch.tensor([127, 0.5, 1.5, -2.5, -127, 126.5, -0.5, 3]).to(dtype)
+            arguments = (k, v, k_cache, v_cache, slots.clamp(min=-1), *scales.values())
+            yield f"int8 {layout}", appended(emulator, arguments)
+
+
+def appended(emulator: Emulator, arguments: tuple) -> tuple:
+    k, v, *caches, slots, k_scale, v_scale = arguments
+    want = [None if t is None else t.clone() for t in (*caches, k_scale, v_scale)]
+    kv_append_reference(k, v, *want[:2], slots, k_scale=want[2], v_scale=want[3])
+    emulator("kv_append", *arguments)
+    assert all(w is None or same(g, w) for g, w in zip((*caches, k_scale, v_scale), want, strict=True))
+    return arguments
 
 
 def attentions(emulator: Emulator):
     """Right ones are emulated_attention.py's."""
-    for dtype, rows in ((torch.bfloat16, None), (torch.float32, [2, 0, 3])):
+    for dtype, rows, int8 in (
+        (torch.bfloat16, None, False),
+        (torch.float32, [2, 0, 3], False),
+        (torch.bfloat16, [2, 0, 3], True),
+    ):
         caches, _ = paged([260, 3, 20], 16, 1, 16, dtype)
+        caches, scales = rounded(caches) if int8 else (caches, {"k_scale": None, "v_scale": None})
         q = torch.randn(3 if rows is None else sum(rows), 3, 16).to(dtype)
         sinks = None if rows is None else torch.randn(3)
         cu = None if rows is None else starts(rows)
-        yield f"{dtype}", (q, *caches, cu, sinks, None, None, True, 10, -1, 2.0, 0.2)
+        yield f"{dtype}, int8 {int8}", (q, *caches, cu, sinks, *scales.values(), True, 10, -1, 2.0, 0.2)
 
 
 def main(path: str) -> None:

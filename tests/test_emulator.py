@@ -176,6 +176,9 @@ class KvAppend(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "heads", "dim", "pages", "page_size", "item")),
         ("source", ctypes.c_int64 * 2 * 2),
         ("target", ctypes.c_int64 * 3 * 2),
+        *((name, Pointer) for name in ("k_scale", "v_scale")),
+        ("scale", ctypes.c_int64 * 3 * 2),
+        ("type", ctypes.c_int64),
     ]
 
 

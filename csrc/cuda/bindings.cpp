@@ -6,16 +6,39 @@
 namespace pyarch {
 namespace {
 
+// What the kernels call the type, or -1.
+int64_t type_of(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? 0
+         : dtype == ScalarType::BFloat16 ? 1
+         : dtype == ScalarType::Half     ? 2
+                                         : -1;
+}
+
+// The memory and the strides of the scales of int8 caches; null where the caches are not int8.
+float* scales_of(const std::optional<Tensor>& scales, const char* name, const Tensor& cache,
+                 int64_t* strides) {
+  const bool int8 = cache.scalar_type() == ScalarType::Char;
+  PYARCH_CHECK(scales.has_value() == int8, name, int8 ? ": int8 caches need one" : ": is for int8 caches");
+  if (!int8) return nullptr;
+  PYARCH_CHECK(scales->dim() == 3 && scales->scalar_type() == ScalarType::Float && same_gpu(*scales, cache),
+               name, ": must be float32 (pages, page_size, heads) on the cache's GPU");
+  for (int d = 0; d < 3; ++d) {
+    PYARCH_CHECK(scales->size(d) == cache.size(d), name,
+                 ": shape must be the cache's without the last dimension");
+    strides[d] = scales->stride(d);
+  }
+  return static_cast<float*>(scales->data_ptr());
+}
+
 void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
                std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
-  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   PYARCH_CHECK(k.dim() == 3 && v.dim() == 3, "k, v: must be (tokens, heads, dim)");
   PYARCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4,
                "k_cache, v_cache: must be (pages, page_size, heads, dim)");
   const ScalarType dtype = k.scalar_type();
+  const ScalarType cached = k_cache.scalar_type() == ScalarType::Char ? ScalarType::Char : dtype;
   const int64_t item = dtype == ScalarType::Float ? 4 : 2;
-  PYARCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-               "k: dtype must be float32, bfloat16 or float16");
+  PYARCH_CHECK(type_of(dtype) >= 0, "k: dtype must be float32, bfloat16 or float16");
   KvAppend c{k.data_ptr(),
              v.data_ptr(),
              k_cache.data_ptr(),
@@ -33,8 +56,8 @@ void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
   const Tensor* caches[] = {&k_cache, &v_cache};
   for (int i = 0; i < 2; ++i) {
     const Tensor &from = *sources[i], &to = *caches[i];
-    PYARCH_CHECK(from.scalar_type() == dtype && to.scalar_type() == dtype,
-                 "v, k_cache, v_cache: dtype must be k's");
+    PYARCH_CHECK(from.scalar_type() == dtype && to.scalar_type() == cached,
+                 "v, k_cache, v_cache: dtype must be k's, or int8 for both caches");
     PYARCH_CHECK(same_gpu(from, k) && same_gpu(to, k), "v, k_cache, v_cache: must be on k's GPU");
     PYARCH_CHECK(from.size(0) == c.tokens && from.size(1) == c.heads && from.size(2) == c.dim,
                  "v: shape must be k's");
@@ -52,6 +75,9 @@ void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_m
                "slot_mapping: must be int64 (tokens), contiguous, on k's GPU");
   PYARCH_CHECK(c.tokens < (int64_t{1} << 31), "k: more than 2^31 tokens");
   c.slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  c.type = type_of(dtype);
+  c.k_scale = scales_of(k_scale, "k_scale", k_cache, c.scale[0]);
+  c.v_scale = scales_of(v_scale, "v_scale", v_cache, c.scale[1]);
   const OnDeviceOf on(k);
   check_queued("kv_append", pyarch_kv_append(&c, on.stream));
 }
@@ -63,23 +89,21 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
                                            int64_t window_right, double softcap, double scale) {
   PYARCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4,
                "k_cache, v_cache: must be (pages, page_size, heads, dim)");
-  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   PYARCH_CHECK(q.dim() == 3, "q: must be (rows, heads, dim)");
   PYARCH_CHECK(block_table.dim() == 2, "block_table: must be (B, n)");
   const ScalarType dtype = q.scalar_type();
-  const bool is_float = dtype == ScalarType::Float;
-  const int64_t item = is_float ? 4 : 2;
-  PYARCH_CHECK(is_float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-               "q: dtype must be float32, bfloat16 or float16");
+  const bool int8 = k_cache.scalar_type() == ScalarType::Char;
+  const int64_t item = int8 ? 1 : dtype == ScalarType::Float ? 4 : 2;
   PagedAttention c{};
-  c.type = is_float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2;
+  c.type = type_of(dtype);
+  PYARCH_CHECK(c.type >= 0, "q: dtype must be float32, bfloat16 or float16");
   c.total = q.size(0), c.q_heads = q.size(1), c.dim = q.size(2), c.q_row = q.stride(0),
   c.q_head = q.stride(1);
   c.pages = k_cache.size(0), c.page_size = k_cache.size(1), c.heads = k_cache.size(2);
   c.batch = block_table.size(0), c.columns = block_table.size(1);
   c.table_row = block_table.stride(0), c.table_column = block_table.stride(1);
-  PYARCH_CHECK(c.dim >= 8 && c.dim <= 256 && c.dim % 8 == 0,
-               "q: head size must be a multiple of 8 from 8 to 256");
+  PYARCH_CHECK(c.dim >= 8 && c.dim <= 256 && c.dim % (int8 ? 16 : 8) == 0,
+               "q: head size must be a multiple of ", int8 ? 16 : 8, " up to 256");
   PYARCH_CHECK(c.page_size > 0 && c.heads > 0 && c.q_heads > 0 && c.q_heads % c.heads == 0,
                "q: heads must be a multiple of k_cache's");
   PYARCH_CHECK(q.stride(2) == 1 || c.total == 0, "q: the last dimension must be contiguous");
@@ -87,8 +111,8 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
   int64_t* strides[] = {c.k_stride, c.v_stride};
   for (int i = 0; i < 2; ++i) {
     const Tensor& cache = *caches[i];
-    PYARCH_CHECK(cache.scalar_type() == dtype && same_gpu(cache, q),
-                 "k_cache, v_cache: must be of q's dtype and on its GPU");
+    PYARCH_CHECK(cache.scalar_type() == (int8 ? ScalarType::Char : dtype) && same_gpu(cache, q),
+                 "k_cache, v_cache: must be of q's dtype or both int8, and on q's GPU");
     PYARCH_CHECK(cache.size(0) == c.pages && cache.size(1) == c.page_size && cache.size(2) == c.heads &&
                      cache.size(3) == c.dim,
                  "k_cache, v_cache: shapes must be equal and fit q");
@@ -97,6 +121,8 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
     PYARCH_CHECK(c.pages == 0 || (cache.stride(3) == 1 && all % 16 == 0),
                  "k_cache, v_cache: rows must be contiguous and begin at multiples of 16 bytes");
   }
+  c.k_scale = scales_of(k_scale, "k_scale", k_cache, c.k_scale_stride);
+  c.v_scale = scales_of(v_scale, "v_scale", v_cache, c.v_scale_stride);
   const auto indices = [&](const Tensor& t, int64_t size) {
     return t.dim() == 1 && t.size(0) == size && t.scalar_type() == ScalarType::Int && same_gpu(t, q);
   };

@@ -3,7 +3,7 @@
 //
 //   Global<T>, Shared<T>   pointers to global and shared memory: p[i], p + i; int64 indices
 //   shared<T>(byte)        the block's dynamic shared memory from that byte on
-//   load16, store16        16 bytes at an aligned address, as one access
+//   load8, load16, store16 8 or 16 bytes at an aligned address, as one access
 //   cp16, commit, wait<N>  asynchronous copy of 16 bytes, global to shared; a group; all but the N newest
 //                          groups done
 //   cp16_part              the same of the first 0 to 16 bytes, with zeros for the others
@@ -40,6 +40,7 @@ template <class T>
 using Global = T*;
 template <class T>
 using Shared = T*;
+using Bytes8 = uint2;
 using Bytes16 = uint4;
 using Stream = cudaStream_t;
 
@@ -49,6 +50,10 @@ PYARCH_DEVICE Shared<T> shared(int64_t byte = 0) {
   return reinterpret_cast<T*>(block_memory + byte);
 }
 
+template <class T>
+PYARCH_DEVICE Bytes8 load8(const T* p) {
+  return *reinterpret_cast<const Bytes8*>(p);
+}
 template <class T>
 PYARCH_DEVICE Bytes16 load16(const T* p) {
   return *reinterpret_cast<const Bytes16*>(p);

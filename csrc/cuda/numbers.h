@@ -1,4 +1,5 @@
-// bf16 and fp16 as kernels see them: 16 bits in memory, float in registers; and 16 bytes as floats.
+// bf16, fp16 and int8 as kernels see them: fewer bits in memory, float in registers; 8 and 16 bytes as
+// floats.
 #pragma once
 
 #include "device.h"
@@ -58,7 +59,17 @@ PYARCH_DEVICE void unpack_word(uint32_t word, fp16, float* to) {
   to[1] = to_float(fp16{static_cast<uint16_t>(word >> 16)});
 }
 
-// The kPer16<T> elements of 16 bytes.
+PYARCH_DEVICE void unpack_word(uint32_t word, int8_t, float* to) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(static_cast<int8_t>(word >> 8 * i));
+}
+
+// The elements of 8 bytes, and the kPer16<T> of 16.
+template <class T>
+PYARCH_DEVICE void unpack(Bytes8 bytes, float* to) {
+  unpack_word(bytes.x, T{}, to);
+  unpack_word(bytes.y, T{}, to + kPer16<T> / 4);
+}
 template <class T>
 PYARCH_DEVICE void unpack(Bytes16 bytes, float* to) {
   constexpr int each = kPer16<T> / 4;

@@ -15,6 +15,11 @@ struct KvAppend {
   int64_t tokens, heads, dim, pages, page_size, item;
   int64_t source[2][2];  // of k and v: token, head
   int64_t target[2][3];  // of k_cache and v_cache: page, position, head
+  // Of int8 caches alone: their scales (pages, page_size, heads), or null; the type of k and v, 0 float, 1
+  // bf16, 2 fp16.
+  float *k_scale, *v_scale;
+  int64_t scale[2][3];  // strides: page, position, head
+  int64_t type;
 };
 
 // Queues the copy on a cudaStream_t; returns nullptr, or what CUDA says is wrong.
@@ -36,11 +41,13 @@ struct PagedAttention {
   float* lse;                               // (total, q_heads)
   void* arrived;                            // tiles * head_tiles int32, where grid_splits > 1
   float* partial;                           // partial_floats
-  int64_t type;                             // of q and the caches: 0 float, 1 bf16, 2 fp16
+  const float *k_scale, *v_scale;  // (pages, page_size, heads) of int8 caches, else null: of q's type
+  int64_t type;                    // of q: 0 float, 1 bf16, 2 fp16
   int64_t total, q_heads, dim, pages, page_size, heads, batch, columns;
   int64_t q_row, q_head, table_row, table_column, length_step, start_step, sink_step;
   int64_t k_stride[3], v_stride[3];  // page, position, head
-  int64_t left, right;               // positions that a row sees besides its own; right is 0 for causal
+  int64_t k_scale_stride[3], v_scale_stride[3];
+  int64_t left, right;  // positions that a row sees besides its own; right is 0 for causal
   float scale, softcap;
   bool sinks_are_float;
   PagedAttentionPlan plan;

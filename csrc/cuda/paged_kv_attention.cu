@@ -4,10 +4,12 @@
 //   block = (tile of a sequence's rows, KV head, every gridDim.z-th split of kSplit positions), 128 threads
 //     lane     a query vector: one (row, query head of the KV head's group); L lanes share what is read
 //     K tiles  4 threads a position, 16 bytes of it in turn: scores[position][lane]
-//     softmax  of this split alone, a warp per lane: maximum m, sum l, probabilities; -1 marks what is not
-//     seen V tiles  a thread owns 16 bytes of the head and every P-th position: acc[lane][elements]; then the
-//     P
-//              partial sums are added in their order
+//     softmax  of this split alone, a warp per lane: maximum m, sum l, probabilities; what is not seen is
+//              marked
+//     V tiles  a thread owns some elements of the head and every P-th position: acc[lane][elements]; then
+//              the P partial sums are added in their order
+//     int8     codes are multiplied as they are; a position's scale of K goes into its score, that of V into
+//              its probability
 //   splits are folded into the answer in their order:
 //     m' = max(m, m_i)   a = 2^(m - m')   b = 2^(m_i - m')   l' = l a + l_i b   acc' = acc a + acc_i b
 //   by the block itself where it has them all, else by the last of its tile's blocks to come, from memory.
@@ -19,9 +21,8 @@
 namespace pyarch {
 namespace {
 
-template <class T, int L>
-PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
-  constexpr int E = kPer16<T>;
+template <class T, class Q, int L>
+PYARCH_KERNEL PYARCH_THREADS(kThreads, kBlocks<L>) paged_attention(Call<T, Q> c) {
   const int thread = static_cast<int>(threadIdx.x);
   const int tiles_a_head = (c.group + c.heads_a_tile - 1) / c.heads_a_tile;
   const int64_t kv_head = blockIdx.y / tiles_a_head;
@@ -41,6 +42,7 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
   const Shared<float> sums = shared<float>(), m_split = shared<float>(at.m), l_split = shared<float>(at.l);
   const Shared<float> a = shared<float>(at.a), b = shared<float>(at.b);
   const Shared<int64_t> offsets = shared<int64_t>(at.offsets);
+  const Shared<float> k_scale = shared<float>(at.k_scale), v_scale = shared<float>(at.v_scale);
   for (int i = thread; i < L * c.dim; i += kThreads) {
     const int lane = i / c.dim, d = i % c.dim;
     q[i] = lane < lanes
@@ -51,10 +53,7 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
   }
   float m = -INFINITY, l = 0.0f;  // of lane `thread`, so far
 
-  // Threads and 16-byte pieces: piece `mine` of the positions first, first + apart, ...
-  const int pieces = c.dim / E, mine = thread % pieces * E;
-  const int apart = kThreads / pieces < kTile<T> ? kThreads / pieces : kTile<T>;
-  const int first = thread / pieces < apart ? thread / pieces : kTile<T>;  // kTile: of none
+  const Share copied = share<T>(c.dim, kPer16<T>), own = share<T>(c.dim, kOwn<T>);
   const int stride = c.key_bytes / static_cast<int>(sizeof(T));
   const bool in_memory = gridDim.z > 1 && count > 1;  // other blocks have splits of this tile
   const int64_t tile_head = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
@@ -65,50 +64,57 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
     const int64_t end = t.high - start < kSplit ? t.high - start : kSplit;
     const int first_tile = static_cast<int>(t.low > start ? (t.low - start) / kTile<T> : 0);
     const int tiles = static_cast<int>((end + kTile<T> - 1) / kTile<T>) - first_tile;
-    find_positions(c, t, kv_head, start, offsets);
+    const Scales scales = find_positions(c, t, kv_head, start, offsets);
     sync();
     const auto copy = [&](int step) {  // the tiles of K, then those of V
       if (step < 2 * tiles) {
         const bool values = step >= tiles;
         const int i0 = (first_tile + (values ? step - tiles : step)) * kTile<T>;
-        const Shared<T> to = shared<T>(int64_t{step % kStages} * kTile<T> * c.key_bytes) + mine;
+        const Shared<T> to = shared<T>(int64_t{step % kStages<T>} * kTile<T> * c.key_bytes) + copied.mine;
         const Shared<const int64_t> from = offsets + (values ? kSplit + i0 : i0);
         const Global<const T> cache = values ? c.v : c.k;
-        for (int i = first; i < kTile<T>; i += apart) {
+        for (int i = copied.first; i < kTile<T>; i += copied.apart) {
           const int64_t offset = from[i];
-          if (offset >= 0) cp16(to + i * stride, cache + (offset + mine));
+          if (offset >= 0) cp16(to + i * stride, cache + (offset + copied.mine));
         }
       }
       commit();
     };
-    float sum[L][E] = {};
-    for (int step = 0; step < kStages - 1; ++step) copy(step);
+    float sum[L][kOwn<T>] = {};
+    for (int step = 0; step < kStages<T> - 1; ++step) copy(step);
+    if constexpr (kScaled<T>) {
+#pragma unroll
+      for (int n = 0; n < kSplit / kThreads; ++n) {
+        k_scale[thread + n * kThreads] = scales.k[n];
+        v_scale[thread + n * kThreads] = scales.v[n];
+      }
+    }
     for (int step = 0; step < 2 * tiles; ++step) {
-      wait<kStages - 2>();
+      wait<kStages<T> - 2>();
       sync();
-      copy(step + kStages - 1);
-      const Shared<const T> tile = shared<T>(int64_t{step % kStages} * kTile<T> * c.key_bytes);
+      copy(step + kStages<T> - 1);
+      const Shared<const T> tile = shared<T>(int64_t{step % kStages<T>} * kTile<T> * c.key_bytes);
       if (step < tiles) {
         const int i0 = (first_tile + step) * kTile<T>;
-        score_keys<T, L>(c, tile, q, offsets + i0, scores + i0 * L);
+        score_keys<L>(c, tile, q, offsets + i0, k_scale + i0, scores + i0 * L);
         continue;
       }
       if (step == tiles) {
-        softmax<T, L>(c, t, heads, start, scores, m_split, l_split);
+        softmax<L>(c, t, heads, start, v_scale, scores, m_split, l_split);
         sync();
       }
       const int i0 = (first_tile + step - tiles) * kTile<T>;
-      add_values<T, L>(tile + mine, stride, scores + i0 * L, first, apart, sum);
+      add_values<T, L>(tile, stride, scores + i0 * L, own, sum);
     }
 
     wait<0>();
     sync();
-    if (first < kTile<T>)
+    if (own.first < kTile<T>)
 #pragma unroll
       for (int lane = 0; lane < L; ++lane)
 #pragma unroll
-        for (int e = 0; e < E; e += 4)
-          store16(sums + (first * L + lane) * c.dim + mine + e, pack(sum[lane] + e));
+        for (int e = 0; e < kOwn<T>; e += 4)
+          store16(sums + (own.first * L + lane) * c.dim + own.mine + e, pack(sum[lane] + e));
     if (!in_memory && thread < L) {
       float a_lane, b_lane;
       fold(m_split[thread], l_split[thread], m, l, a_lane, b_lane);
@@ -118,7 +124,7 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
     const Global<float> partial = c.partial + (tile_head * c.splits + split) * partial_floats;
     for (int i = thread; i < L * c.dim; i += kThreads) {
       float total = sums[i];
-      for (int part = 1; part < apart; ++part) total += sums[part * L * c.dim + i];
+      for (int part = 1; part < own.apart; ++part) total += sums[part * L * c.dim + i];
       if (in_memory)
         partial[i] = total;
       else
@@ -189,25 +195,29 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, 2) paged_attention(Call<T> c) {
   for (int i = thread; i < lanes * c.dim; i += kThreads) {
     const int lane = i / c.dim;
     c.out[((t.first_row + lane / heads) * c.heads + first_head + lane % heads) * c.dim + i % c.dim] =
-        from_float<T>(acc[i] * a[lane]);
+        from_float<Q>(acc[i] * a[lane]);
   }
 }
 
 // ---- the launcher
 
-template <class T, int L>
+template <class T, class Q, int L>
 const char* run(const PagedAttention& p, Stream stream) {
   const int64_t group = p.q_heads / p.heads, dim_bytes = p.dim * static_cast<int64_t>(sizeof(T));
-  Call<T> c{};
-  c.q = static_cast<const T*>(p.q), c.k = static_cast<const T*>(p.k), c.v = static_cast<const T*>(p.v);
+  Call<T, Q> c{};
+  c.q = static_cast<const Q*>(p.q), c.k = static_cast<const T*>(p.k), c.v = static_cast<const T*>(p.v);
   c.table = p.table, c.lengths = p.lengths, c.has_starts = p.starts != nullptr;
   if (c.has_starts) c.starts = p.starts;
   c.has_sinks = p.sinks != nullptr, c.sinks_are_float = p.sinks_are_float;
   if (c.has_sinks && p.sinks_are_float) c.sinks = static_cast<const float*>(p.sinks);
-  if (c.has_sinks && !p.sinks_are_float) c.sinks_as_q = static_cast<const T*>(p.sinks);
-  c.out = static_cast<T*>(p.out), c.lse = p.lse;
-  c.k_stride = {p.k_stride[0], p.k_stride[1], p.k_stride[2]};
-  c.v_stride = {p.v_stride[0], p.v_stride[1], p.v_stride[2]};
+  if (c.has_sinks && !p.sinks_are_float) c.sinks_as_q = static_cast<const Q*>(p.sinks);
+  c.out = static_cast<Q*>(p.out), c.lse = p.lse;
+  const auto strides = [](const int64_t* s) { return Strides{s[0], s[1], s[2]}; };
+  c.k_stride = strides(p.k_stride), c.v_stride = strides(p.v_stride);
+  if (kScaled<T>) {
+    c.k_scale = p.k_scale, c.v_scale = p.v_scale;
+    c.k_scale_stride = strides(p.k_scale_stride), c.v_scale_stride = strides(p.v_scale_stride);
+  }
   c.q_row = p.q_row, c.q_head = p.q_head, c.table_row = p.table_row, c.table_column = p.table_column;
   c.length_step = p.length_step, c.start_step = p.start_step, c.sink_step = p.sink_step;
   c.batch = p.batch, c.total = p.total, c.pages = p.pages, c.page_size = p.page_size;
@@ -226,21 +236,26 @@ const char* run(const PagedAttention& p, Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.tiles), static_cast<unsigned>(p.plan.head_tiles),
                   static_cast<unsigned>(p.plan.grid_splits));
   const size_t bytes = static_cast<size_t>(layout<T>(L, c.dim, c.key_bytes).bytes);
-  return launch(paged_attention<T, L>, grid, dim3(kThreads), bytes, stream, c);
+  return launch(paged_attention<T, Q, L>, grid, dim3(kThreads), bytes, stream, c);
 }
 
-template <class T>
+template <class T, class Q>
 const char* run_lanes(const PagedAttention& p, Stream stream) {
   switch (p.plan.lanes) {
     case 1:
-      return run<T, 1>(p, stream);
+      return run<T, Q, 1>(p, stream);
     case 2:
-      return run<T, 2>(p, stream);
+      return run<T, Q, 2>(p, stream);
     case 4:
-      return run<T, 4>(p, stream);
+      return run<T, Q, 4>(p, stream);
     default:
-      return run<T, 8>(p, stream);
+      return run<T, Q, 8>(p, stream);
   }
+}
+
+template <class Q>
+const char* run_cache(const PagedAttention& p, Stream stream) {
+  return p.k_scale ? run_lanes<int8_t, Q>(p, stream) : run_lanes<Q, Q>(p, stream);
 }
 
 }  // namespace
@@ -279,10 +294,10 @@ const char* pyarch_paged_attention(const PagedAttention* p, void* stream) {
   if (p->total == 0) return nullptr;
   switch (p->type) {
     case 0:
-      return pyarch::run_lanes<float>(*p, queue);
+      return pyarch::run_cache<float>(*p, queue);
     case 1:
-      return pyarch::run_lanes<pyarch::bf16>(*p, queue);
+      return pyarch::run_cache<pyarch::bf16>(*p, queue);
     default:
-      return pyarch::run_lanes<pyarch::fp16>(*p, queue);
+      return pyarch::run_cache<pyarch::fp16>(*p, queue);
   }
 }

@@ -7,6 +7,13 @@
 namespace pyarch {
 namespace {
 
+// What codes made, times the scale of their position.
+template <class T>
+PYARCH_DEVICE float scaled(float x, Shared<const float> scales, int i) {
+  if constexpr (kScaled<T>) return x * scales[i];
+  return x;
+}
+
 PYARCH_DEVICE float to_logit(float score, float scale, float softcap) {
   score *= scale;
   if (softcap > 0.0f) score = softcap * tanhf(score / softcap);
@@ -14,9 +21,10 @@ PYARCH_DEVICE float to_logit(float score, float scale, float softcap) {
 }
 
 // scores of one tile of keys; a page outside the cache gives NaN.
-template <class T, int L>
-PYARCH_DEVICE void score_keys(const Call<T>& c, Shared<const T> keys, Shared<const float> q,
-                              Shared<const int64_t> offsets, Shared<float> scores) {
+template <int L, class T, class Q>
+PYARCH_DEVICE void score_keys(const Call<T, Q>& c, Shared<const T> keys, Shared<const float> q,
+                              Shared<const int64_t> offsets, Shared<const float> scales,
+                              Shared<float> scores) {
   constexpr int E = kPer16<T>, apart = kThreads / kPerKey, keys_a_thread = kTile<T> / apart;
   const int part = static_cast<int>(threadIdx.x) % kPerKey, first = static_cast<int>(threadIdx.x) / kPerKey;
   const int stride = c.key_bytes / static_cast<int>(sizeof(T));
@@ -47,16 +55,18 @@ PYARCH_DEVICE void score_keys(const Call<T>& c, Shared<const T> keys, Shared<con
       score += shfl_xor(score, 1);
       score += shfl_xor(score, 2);
       if (lane % kPerKey == part)
-        scores[i * L + lane] =
-            offsets[i] < 0 ? bits_to_float(0x7fc00000) : to_logit(score, c.scale, c.softcap);
+        scores[i * L + lane] = offsets[i] < 0 ? bits_to_float(0x7fc00000)
+                                              : to_logit(scaled<T>(score, scales, i), c.scale, c.softcap);
     }
   }
 }
 
-// Probabilities in place of scores, -1 where a lane does not see the position; m and l of each lane.
-template <class T, int L>
-PYARCH_DEVICE void softmax(const Call<T>& c, const Tile& t, int heads, int64_t start, Shared<float> scores,
-                           Shared<float> m_to, Shared<float> l_to) {
+// Probabilities, times the scales of the values, in place of scores, kUnseen where a lane does not see the
+// position; m and l of each lane.
+template <int L, class T, class Q>
+PYARCH_DEVICE void softmax(const Call<T, Q>& c, const Tile& t, int heads, int64_t start,
+                           Shared<const float> scales, Shared<float> scores, Shared<float> m_to,
+                           Shared<float> l_to) {
   const int in_warp = static_cast<int>(threadIdx.x) % 32;
   for (int lane = static_cast<int>(threadIdx.x) / 32; lane < L; lane += kWarps) {
     const int row = lane / heads;
@@ -68,7 +78,7 @@ PYARCH_DEVICE void softmax(const Call<T>& c, const Tile& t, int heads, int64_t s
       const int i = k * 32 + in_warp;
       const bool seen = row < t.rows && i >= least && i >= low && i < high;
       x[k] = seen ? scores[i * L + lane] : -INFINITY;
-      if (!seen) scores[i * L + lane] = -1.0f;
+      if (!seen) scores[i * L + lane] = bits_to_float(kUnseen);
       m = fmaxf(m, x[k]);
     }
     for (int mask = 16; mask > 0; mask /= 2) m = fmaxf(m, shfl_xor(m, mask));
@@ -78,7 +88,7 @@ PYARCH_DEVICE void softmax(const Call<T>& c, const Tile& t, int heads, int64_t s
       const int i = k * 32 + in_warp;
       const bool seen = row < t.rows && i >= least && i >= low && i < high;
       const float p = exp2f(x[k] - shift);
-      if (seen) scores[i * L + lane] = p;
+      if (seen) scores[i * L + lane] = scaled<T>(p, scales, i);
       l += seen ? p : 0.0f;
     }
     for (int mask = 16; mask > 0; mask /= 2) l += shfl_xor(l, mask);
@@ -97,21 +107,24 @@ PYARCH_DEVICE void load_lanes(Shared<const float> from, float* to) {
   }
 }
 
-// acc += p * v over one tile of values, for the thread's 16 bytes of every apart-th position.
+// acc += p * v over one tile of values, for the thread's elements of every apart-th position.
 template <class T, int L>
-PYARCH_DEVICE void add_values(Shared<const T> values, int stride, Shared<const float> p, int first, int apart,
-                              float (&acc)[L][kPer16<T>]) {
-  for (int i = first; i < kTile<T>; i += apart) {
-    float value[kPer16<T>];
-    unpack<T>(load16(values + i * stride), value);
+PYARCH_DEVICE void add_values(Shared<const T> values, int stride, Shared<const float> p, const Share& own,
+                              float (&acc)[L][kOwn<T>]) {
+  for (int i = own.first; i < kTile<T>; i += own.apart) {
+    float value[kOwn<T>];
+    if constexpr (kOwn<T> == kPer16<T>)
+      unpack<T>(load16(values + (i * stride + own.mine)), value);
+    else
+      unpack<T>(load8(values + (i * stride + own.mine)), value);
     float weights[L];
     load_lanes<L>(p + i * L, weights);
 #pragma unroll
     for (int lane = 0; lane < L; ++lane) {
       const float weight = weights[lane];
-      if (!(weight < 0.0f)) {  // what is not seen may be NaN, so it is left out and not multiplied by 0
+      if (float_to_bits(weight) != kUnseen) {  // its value may be NaN, and 0 times NaN is not 0
 #pragma unroll
-        for (int e = 0; e < kPer16<T>; ++e) acc[lane][e] = fmaf(weight, value[e], acc[lane][e]);
+        for (int e = 0; e < kOwn<T>; ++e) acc[lane][e] = fmaf(weight, value[e], acc[lane][e]);
       }
     }
   }

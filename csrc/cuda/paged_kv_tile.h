@@ -11,29 +11,45 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kSplit = 256;  // positions that are summed before they are folded
-constexpr int kStages = 3;   // tiles in shared memory: one in use, the others on their way
 constexpr int kPerKey = 4;   // threads that share a position's product with q
 constexpr int kBatch = 32;   // splits that the last block folds between two barriers
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr int64_t kNowhere = -1;  // the offset of a position that is not read
+// In the place of a probability that is none: a NaN that no arithmetic gives, for any number may be one times
+// a scale.
+constexpr uint32_t kUnseen = 0xffa5c3e1;
 
 template <class T>
 constexpr int kTile = sizeof(T) == 4 ? 32 : 64;  // positions
+template <class T>
+constexpr int kStages =
+    sizeof(T) == 1 ? 4 : 3;  // tiles in shared memory: one in use, the others on their way
+template <int L>
+constexpr int kBlocks = L == 8   ? 2
+                        : L == 4 ? 3
+                                 : 4;  // that a multiprocessor has registers for
+template <class T>
+constexpr int kOwn = sizeof(T) == 4 ? 4 : 8;  // elements of the answer that a thread adds up
+template <class T>
+constexpr bool kScaled = sizeof(T) == 1;  // codes, with a scale for each position and head
 
 struct Strides {
   int64_t page, position, head;
 };
 
-template <class T>
+// T: of the caches; Q: of q, the sinks and out.
+template <class T, class Q>
 struct Call {
-  Global<const T> q, k, v;
+  Global<const Q> q;
+  Global<const T> k, v;
+  Global<const float> k_scale, v_scale;
   Global<const int32_t> table, lengths, starts;  // starts: where each sequence's rows begin
   Global<const float> sinks;
-  Global<const T> sinks_as_q;
-  Global<T> out;
+  Global<const Q> sinks_as_q;
+  Global<Q> out;
   Global<float> lse, partial;  // partial: (tile, group of heads, split) -> acc [L][dim], m [L], l [L]
   Global<int> arrived;         // (tile, group of heads)
-  Strides k_stride, v_stride;
+  Strides k_stride, v_stride, k_scale_stride, v_scale_stride;
   int64_t q_row, q_head, table_row, table_column, length_step, start_step, sink_step;
   int64_t batch, total, pages, page_size, capacity, left, right, splits;
   int heads, group, heads_a_tile, rows_a_tile, dim,
@@ -44,18 +60,20 @@ struct Call {
 
 // Byte offsets of what lies in shared memory. `sums` takes the ring's place once all its tiles are used.
 struct Layout {
-  int64_t q, scores, offsets, acc, m, l, a, b, bytes;
+  int64_t q, scores, offsets, k_scale, v_scale, acc, m, l, a, b, bytes;
 };
 template <class T>
 PYARCH_BOTH Layout layout(int lanes, int dim, int key_bytes) {
-  const int64_t ring = int64_t{kStages} * kTile<T> * key_bytes;
-  const int64_t sums = int64_t{kThreads} * lanes * kPer16<T> * 4;
+  const int64_t ring = int64_t{kStages<T>} * kTile<T> * key_bytes;
+  const int64_t sums = int64_t{kThreads} * lanes * kOwn<T> * 4, scales = kScaled<T> ? 4 * kSplit : 0;
   const int64_t fold = int64_t{kBatch} * 2 * lanes * 4;
   Layout at{};
   at.q = ring > sums ? ring : sums;
   at.scores = at.q + int64_t{4} * lanes * dim;
   at.offsets = at.scores + int64_t{4} * kSplit * lanes;
-  at.acc = at.offsets + int64_t{2} * 8 * kSplit;
+  at.k_scale = at.offsets + int64_t{2} * 8 * kSplit;
+  at.v_scale = at.k_scale + scales;
+  at.acc = at.v_scale + scales;
   at.m = at.acc + int64_t{4} * lanes * dim;
   at.l = at.m + 64;
   at.a = at.l + 64;
@@ -71,8 +89,8 @@ struct Tile {
   bool valid;  // false: the lengths or starts are, and the rows become NaN
 };
 
-template <class T>
-PYARCH_DEVICE Tile find_tile(const Call<T>& c) {
+template <class T, class Q>
+PYARCH_DEVICE Tile find_tile(const Call<T, Q>& c) {
   const int64_t index = blockIdx.x, rows = c.rows_a_tile;
   Tile t{index, index, 0, 0, 0, 0, 1, true};
   int64_t sequence_rows = 1, first_in_sequence = 0;
@@ -111,24 +129,50 @@ PYARCH_DEVICE Tile find_tile(const Call<T>& c) {
   return t;
 }
 
-// Where the positions of a split lie in the caches: offsets[0] of K, offsets[kSplit] of V.
+// The pieces of `elements` that a thread has of rows of `dim`: element `mine` of positions first, first +
+// apart,
+// ... of a tile; first is kTile where it has none.
+struct Share {
+  int mine, first, apart;
+};
 template <class T>
-PYARCH_DEVICE void find_positions(const Call<T>& c, const Tile& t, int64_t head, int64_t start,
-                                  Shared<int64_t> offsets) {
-  for (int i = static_cast<int>(threadIdx.x); i < kSplit; i += kThreads) {
+PYARCH_DEVICE Share share(int dim, int elements) {
+  const int thread = static_cast<int>(threadIdx.x), pieces = dim / elements, row = thread / pieces;
+  const int apart = kThreads / pieces < kTile<T> ? kThreads / pieces : kTile<T>;
+  return {thread % pieces * elements, row < apart ? row : kTile<T>, apart};
+}
+
+// The scales of a thread's positions of a split, between global and shared memory.
+struct Scales {
+  float k[kSplit / kThreads], v[kSplit / kThreads];
+};
+
+// Where the positions of a split lie in the caches: offsets[0] of K, offsets[kSplit] of V. Their scales are
+// asked for and not waited for.
+template <class T, class Q>
+PYARCH_DEVICE Scales find_positions(const Call<T, Q>& c, const Tile& t, int64_t head, int64_t start,
+                                    Shared<int64_t> offsets) {
+  Scales scales{};
+#pragma unroll
+  for (int n = 0; n < kSplit / kThreads; ++n) {
+    const int i = static_cast<int>(threadIdx.x) + n * kThreads;
     const int64_t position = start + i;
     int64_t k = kNowhere, v = kNowhere;
     if (position >= t.low && position < t.high) {
       const int64_t in = position % c.page_size;
       const int64_t page = c.table[t.sequence * c.table_row + position / c.page_size * c.table_column];
       if (page >= 0 && page < c.pages) {
-        k = page * c.k_stride.page + in * c.k_stride.position + head * c.k_stride.head;
-        v = page * c.v_stride.page + in * c.v_stride.position + head * c.v_stride.head;
+        const auto offset = [&](const Strides& s) { return page * s.page + in * s.position + head * s.head; };
+        k = offset(c.k_stride), v = offset(c.v_stride);
+        if constexpr (kScaled<T>)
+          scales.k[n] = c.k_scale[offset(c.k_scale_stride)],
+          scales.v[n] = c.v_scale[offset(c.v_scale_stride)];
       }
     }
     offsets[i] = k;
     offsets[kSplit + i] = v;
   }
+  return scales;
 }
 
 }  // namespace

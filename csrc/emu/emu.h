@@ -85,6 +85,9 @@ template <class T>
 using Global = emu::Checked<T>;
 template <class T>
 using Shared = emu::Checked<T>;
+struct alignas(8) Bytes8 {
+  uint32_t x, y;
+};
 struct alignas(16) Bytes16 {
   uint32_t x, y, z, w;
 };
@@ -95,6 +98,12 @@ Shared<T> shared(int64_t byte = 0) {
   return {reinterpret_cast<T*>(emu::shared_base() + byte), emu::shared_region()};
 }
 
+template <class T>
+Bytes8 load8(emu::Checked<T> p) {
+  Bytes8 value;
+  std::memcpy(&value, p.wide(8), 8);
+  return value;
+}
 template <class T>
 Bytes16 load16(emu::Checked<T> p) {
   Bytes16 value;

@@ -143,8 +143,9 @@ def inference_only(facts: Facts) -> str | None:
 
 def in_pieces(facts: Facts) -> str | None:
     """The predicate of the kernel that copies a head 16 bytes at a time."""
-    if facts["head_dim"] % 8:
-        return f"takes head sizes that are multiples of 8, not {facts['head_dim']}"
+    unit = 16 if facts["cache"] == "int8" else 8
+    if facts["head_dim"] % unit:
+        return f"takes head sizes that are multiples of {unit} with {facts['cache']} caches, not {facts['head_dim']}"
     if not all(map(_in_16_bytes, facts["caches"])):
         return "needs caches whose heads begin at multiples of 16 bytes"
     return inference_only(facts)

@@ -140,7 +140,7 @@ KV_APPEND = Op(
     "kv_append",
     {
         "cpu": Limits("cpu", allowed=FLOATING, unless=inference_only),
-        "cuda": Limits("cuda", allowed=FLOATING, capability=(8, 0), unless=inference_only),
+        "cuda": Limits("cuda", capability=(8, 0), unless=inference_only),
     },
     check_append,
     "on the reference: in-place indexing in PyTorch",
@@ -152,7 +152,6 @@ PAGED_ATTENTION = Op(
         # It reads the cache once for every 8 query vectors of a key head, so prompts are not for it.
         "cuda": Limits(
             "cuda",
-            allowed=FLOATING,
             ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)},
             capability=(8, 0),
             unless=in_pieces,
