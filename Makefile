@@ -106,6 +106,7 @@ sanitize: $(READY) $(WEIGHTS)/done  ## the op suite on CPU libraries with Addres
 readme: $(BUILT)  ## the generated parts of the README
 	$(PY) -m docs.readme --write
 	$(PY) -m bench.table --write
+	$(PY) -m bench.gpu_table --write
 
 dist: $(READY)  ## a wheel and a source archive in dist/
 	$(PY) -m build --no-isolation

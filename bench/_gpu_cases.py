@@ -19,6 +19,8 @@ import pyarch
 from pyarch.ops.quant_matmul import bytes_moved
 from pyarch.quantized import QuantizedTensor
 
+from ._gpu_peers import INT4
+
 PAST_CACHE = 256 << 20  # bytes: five times the L2 of an H100
 Call = Callable[[int], object]
 
@@ -192,17 +194,6 @@ def quantised(n: int, k: int, group: int, device: torch.device, bits: int = 4) -
     return QuantizedTensor(q, torch.rand(n, k // group, device=device).to(torch.bfloat16) / 64, k, group)
 
 
-def tinygemm(w: QuantizedTensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """torch's own int4 kernel on the same weight."""
-    scales_and_zeros = torch.stack((w.scale, torch.zeros_like(w.scale)), -1).transpose(0, 1).contiguous()
-    if w.device.type == "cuda":
-        swapped = w.q << 4 | w.q >> 4  # it keeps the even column in the high nibble
-        packed = torch.ops.aten._convert_weight_to_int4pack(swapped, 8)
-        return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, w.group_size, scales_and_zeros)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(w.codes().int(), 1)
-    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, w.group_size, scales_and_zeros)
-
-
 def int4_matmul(m: int, n: int, k: int, group: int) -> Callable[[torch.device, bool], Entry]:
     def make(device: torch.device, small: bool) -> Entry:
         rows, columns = (32, 256) if small else (n, k)
@@ -210,19 +201,15 @@ def int4_matmul(m: int, n: int, k: int, group: int) -> Callable[[torch.device, b
         moved = bytes_moved(dict(n=rows, k=columns, group_size=group), 4) + 2 * m * (rows + columns)
         copies = copies_of(moved)
         weights = [quantised(rows, columns, group, device) for _ in range(copies)]
-        theirs = [tinygemm(w) for w in weights]
         dense = [randn(rows, columns, device=device) for _ in range(copies_of(2 * rows * columns))]
         ours = "triton" if device.type == "cuda" else "auto"
-        return Entry(
-            {
-                f"pyarch {ours}": lambda i: pyarch.quant_matmul(x, weights[i], backend=ours),
-                "torch _weight_int4pack_mm": lambda i: theirs[i](x),
-                "torch F.linear, bf16 weights": lambda i: F.linear(x, dense[i % len(dense)]),
-            },
-            copies,
-            flops=2 * m * rows * columns,
-            moved=moved,
-        )
+        calls: dict[str, Call] = {f"pyarch {ours}": lambda i: pyarch.quant_matmul(x, weights[i], backend=ours)}
+        for name, peer in INT4.items():
+            # Made when first called, so that a library that is not here, or cannot, fails as that contender.
+            of = functools.cache(lambda i, peer=peer: peer(weights[i]))
+            calls[name] = lambda i, of=of: of(i)(x)
+        calls["torch F.linear, bf16 weights"] = lambda i: F.linear(x, dense[i % len(dense)])
+        return Entry(calls, copies, flops=2 * m * rows * columns, moved=moved)
 
     return make
 
@@ -307,9 +294,11 @@ def cases() -> Iterator[Case]:
             yield Case("bench", "flash_attention gradient", label, attention_gradient(b, h, s, d, causal))
     for feature in ("window", "sinks", "varlen"):
         yield Case("bench", "flash_attention feature", feature, attention_feature(feature))
-    for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192)):
-        for m in (1, 4, 16, 64, 256, 2048):
+    for n, k in ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)):  # the layers of Llama-3-8B
+        for m in (1, 4, 16, 64, 256, 1024, 4096):
             yield Case("bench", "quant_matmul int4 g128", f"M{m} N{n} K{k}", int4_matmul(m, n, k, 128))
+    for n, k in ((8192, 8192), (16384, 16384)):
+        yield Case("bench", "quant_matmul int4 g128", f"M1 N{n} K{k}", int4_matmul(1, n, k, 128))
     for m in (1, 16, 256):
         yield Case("bench", "quant_matmul int4 g32", f"M{m} N4096 K4096", int4_matmul(m, 4096, 4096, 32))
     for tokens, heads in ((1, 8), (64, 8), (8192, 8), (8192, 32)):

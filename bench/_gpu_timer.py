@@ -19,7 +19,7 @@ class Timer:
 
     def __init__(self, call: Callable[[int], object], copies: int, device: torch.device):
         self.call, self.copies, self.device = call, copies, device
-        for i in range(3):  # compilation, handles, workspaces
+        for i in range(max(3, copies)):  # compilation, handles, workspaces, what each copy makes once
             call(i % copies)
         self.replay: Callable[[], None] = self._calls
         self.count, self.graph = 1, False
@@ -63,10 +63,10 @@ def measure(entry: Entry, device: torch.device, rounds: int) -> dict[str, Any]:
     for name, call in entry.calls.items():
         try:
             timers[name] = Timer(call, entry.copies, device)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             if name.startswith("pyarch"):
                 raise
-            failed[name] = str(error).splitlines()[0][:200]
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     samples: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     for _ in range(rounds):
@@ -82,7 +82,7 @@ def measure(entry: Entry, device: torch.device, rounds: int) -> dict[str, Any]:
     best = {name: median(seconds) for name, seconds in samples.items()}
     peers = [name for name in best if not name.startswith("pyarch")]
     if peers and len(peers) < len(best):
-        ours = next(name for name in best if name.startswith("pyarch"))
+        ours = min((name for name in best if name.startswith("pyarch")), key=best.__getitem__)
         peer = min(peers, key=best.__getitem__)
         ratio = median(b / a for a, b in zip(samples[ours], samples[peer], strict=True))
         found |= {"peer": peer, "ratio": ratio}

@@ -10,13 +10,13 @@ from pyarch.ops.paged_kv import kv_append_reference
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def matmul():
+def quant_matmul():
     w = pyarch.quantize(torch.randn(256, 512), symmetric=False).to("cuda")
     x = torch.randn(3, 512, device="cuda", dtype=torch.bfloat16)
     return x, lambda: pyarch.quant_matmul(x, w, activation="silu", backend="triton")
 
 
-def append():
+def paged_kv_append():
     k, v = torch.randn(2, 6, 2, 64, device="cuda", dtype=torch.bfloat16)
     caches = [torch.zeros(4, 8, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     slots = torch.tensor([3, 31, -1, 0, 17, 9], device="cuda")
@@ -28,7 +28,7 @@ def append():
     return k, call
 
 
-def attention():
+def paged_kv_attention():
     caches = torch.randn(2, 80, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
     table = torch.randperm(80, device="cuda").to(torch.int32).view(2, 40)
     lens = torch.tensor([600, 37], device="cuda", dtype=torch.int32)
@@ -36,14 +36,17 @@ def attention():
     return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
 
 
-def dense_attention():
+def flash_attention():
     q, k, v = (torch.randn(1, heads, 200, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu = torch.tensor([0, 130, 130, 200], device="cuda", dtype=torch.int32)
     packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
     return q, lambda: pyarch.flash_attention(q, k, v, causal=True, **packed, backend="triton")
 
 
-@pytest.mark.parametrize("make", [matmul, append, attention, dense_attention])
+CALLS = pytest.mark.parametrize("make", [quant_matmul, paged_kv_append, paged_kv_attention, flash_attention])
+
+
+@CALLS
 def test_runs_on_the_current_stream(make):
     """On a stream that is behind, the kernel sees what comes before it there and not what is there now."""
     source, call = make()
@@ -59,7 +62,7 @@ def test_runs_on_the_current_stream(make):
     assert same(late, call())
 
 
-@pytest.mark.parametrize("make", [matmul, append, attention, dense_attention])
+@CALLS
 def test_can_be_captured(make):
     source, call = make()
     call()
@@ -74,7 +77,7 @@ def test_can_be_captured(make):
         assert same(replayed, call())
 
 
-def test_bad_slots_are_skipped():
+def test_paged_kv_bad_slots_are_skipped():
     k, v = torch.randn(2, 5, 2, 8, device="cuda")
     caches = [torch.randn(3, 4, 2, 8, device="cuda") for _ in range(2)]
     want = [cache.cpu() for cache in caches]
@@ -85,7 +88,7 @@ def test_bad_slots_are_skipped():
     assert all(same(cache.cpu(), right) for cache, right in zip(caches, want, strict=True))
 
 
-def test_bad_indices_give_nan():
+def test_paged_kv_bad_indices_give_nan():
     """What the host cannot check without waiting."""
     caches = torch.randn(2, 8, 16, 2, 64, device="cuda")
     q = torch.randn(3, 4, 64, device="cuda")
@@ -96,7 +99,7 @@ def test_bad_indices_give_nan():
     assert out[1:].isnan().all()
 
 
-def test_attention_has_the_same_bits_alone():
+def test_paged_kv_has_the_same_bits_alone():
     caches = torch.randn(2, 300, 16, 2, 64, device="cuda", dtype=torch.float16)
     lens = torch.tensor([1500, 3, 2999], device="cuda", dtype=torch.int32)
     table = torch.randperm(300, device="cuda").to(torch.int32)[:200].expand(3, 200).contiguous()
@@ -108,19 +111,19 @@ def test_attention_has_the_same_bits_alone():
         assert same(alone, together[b : b + 1])
 
 
-def test_other_devices_than_the_current_one():
+@CALLS
+def test_runs_on_the_device_of_its_tensors(make):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    for make in (matmul, append, attention, dense_attention):
-        with torch.cuda.device(1):
-            _, call = make()
-            want = call().clone()
-        with torch.cuda.device(0):
-            assert same(call(), want)
+    with torch.cuda.device(1):
+        _, call = make()
+        want = call().clone()
+    with torch.cuda.device(0):
+        assert same(call(), want)
 
 
 def test_auto_is_the_gpu_kernel():
-    x, _ = matmul()
+    x, _ = quant_matmul()
     w = pyarch.quantize(torch.randn(64, 512)).to("cuda")
     assert pyarch.explain(pyarch.quant_matmul, x, w).backend == "triton"
     k, v = torch.randn(2, 5, 2, 8, device="cuda")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import table
+from bench import gpu_table, table
 from docs import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +18,7 @@ TEXT = (ROOT / "README.md").read_text()
 def test_generated_parts_are_up_to_date():
     assert readme.filled(TEXT) == TEXT, "README.md: make readme"
     assert table.filled(TEXT) == TEXT, "README.md: make readme"
+    assert gpu_table.filled(page := gpu_table.PAGE.read_text()) == page, "docs/gpu.md: make readme"
 
 
 def test_every_python_block_runs(tmp_path, monkeypatch):
