@@ -240,8 +240,10 @@ def _store(out, lse, acc, logarithm, row, dv, inside, DV: tl.constexpr):
     tl.store(lse + row, logarithm, mask=inside)
 
 
-def forward(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, left, right, softcap, scale):
+def forward(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, seed, left, right, softcap, scale, dropout_p):
     """pyarch::flash_attention__triton: (out (B, H, Sq, Dv) like q, lse (B, H, Sq) fp32); every input in place."""
+    if dropout_p > 0:
+        raise ValueError("dropout_p: this kernel has no dropout")
     check_memory(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
     rows = q.shape[2] if cu_q is None else q.shape[2] // (len(cu_q) - 1)
     with on_device_of(q):

@@ -92,7 +92,7 @@ def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]
         left, right = 128 if "window" in features else -1, 0 if "window" in features or "causal" in features else -1
         numbers = left, right, 30.0 if "softcap" in features else 0.0, 0.125
         label = f"d{d} dv{dv} rows{rows} {dtype} {features.replace(' ', '+') or 'plain'}".replace("torch.", "")
-        arguments = (q, k, v, sinks, bias, mask, slopes, cu, cu, *numbers)
+        arguments = (q, k, v, sinks, bias, mask, slopes, cu, cu, None, *numbers, 0.0)
         yield label, lambda arguments=arguments: flash_attention.forward(*arguments)
         for key, config in _tuned.shipped("flash_attention", flash_attention.Config, arch):
             if (key, features, dv) == (flash_attention.key_for(rows, d), most, d):

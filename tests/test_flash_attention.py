@@ -61,6 +61,9 @@ def samples(dtype, device):
     for name, case in CASES.items():
         sizes = {n: case[n] for n in ("batch", "kv_heads")} | {"d": case["head_dim"]}
         yield sample(name, {"causal": case["causal"]}, heads=2 * case["kv_heads"], rows=10, keys=75, **sizes)
+    thin = {"dropout_p": 0.4, "seed": torch.tensor([-3], device=device), "return_lse": True}
+    yield sample("dropout", thin | {"causal": True, "sinks": normal(4)}, heads=4, kv_heads=2, rows=20, keys=70)
+    yield sample("packed with dropout", thin | packed | {"softcap": 2.0}, heads=4, kv_heads=2, rows=11, keys=20)
 
 
 def refused():
@@ -91,6 +94,10 @@ def refused():
     for softcap in (-1.0, math.inf, math.nan):
         yield case(f"softcap {softcap}", "softcap", softcap=softcap)
     yield case("infinite scale", "scale", scale=math.inf)
+    for p in (-0.1, 1.0, math.nan):
+        yield case(f"dropout {p}", "dropout_p", dropout_p=p)
+    yield case("two seeds", "seed", dropout_p=0.5, seed=torch.tensor([1, 2]))
+    yield case("a seed of another dtype", "seed", TypeError, seed=torch.tensor([1], dtype=torch.int32))
     yield case("too few sinks", "sinks", sinks=torch.zeros(3))
     yield case("integer sinks", "sinks", TypeError, sinks=torch.zeros(4, dtype=torch.int32))
     yield case("too long a bias", "bias", bias=torch.zeros(3, 6))

@@ -133,5 +133,5 @@ def test_values_of_cu_seqlens_are_checked(cu):
     lse = torch.zeros(1, 2, 3)
     with pytest.raises((ValueError, RuntimeError), match=r"^cu_seqlens_[qk]:"):
         torch.ops.pyarch.flash_attention_backward__cpu(
-            q, lse, q, lse, q, k, v, None, None, None, None, cu_q, cu_k, -1, -1, 0.0, 1.0, False, False
+            q, lse, q, lse, q, k, v, None, None, None, None, cu_q, cu_k, None, -1, -1, 0.0, 1.0, 0.0, False, False
         )

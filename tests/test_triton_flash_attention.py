@@ -175,7 +175,7 @@ def test_operator_refuses_what_it_cannot_compute():
     cu = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
     sinks, scores = q.new_zeros(4), q.new_zeros(1, 4, 3, 5)
     good = dict(q=q, k=k, v=v, sinks=sinks, bias=scores, mask=scores == 0, slopes=sinks, cu_q=None, cu_k=None,
-                left=-1, right=-1, softcap=0.0, scale=1.0)  # fmt: skip
+                seed=None, left=-1, right=-1, softcap=0.0, scale=1.0, dropout_p=0.0)  # fmt: skip
     call = native.operator("flash_attention", "triton")
     call(*good.values())
     for name, value in [

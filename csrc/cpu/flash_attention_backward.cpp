@@ -123,9 +123,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_backw
     Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
     std::optional<Tensor> sinks, std::optional<Tensor> bias, std::optional<Tensor> mask,
     std::optional<Tensor> slopes, std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
-    int64_t left, int64_t right, double softcap, double scale, bool bias_gradient, bool slopes_gradient) {
-  const Arguments arguments{q,    k,     v,       sinks, bias, mask, slopes, cu_seqlens_q, cu_seqlens_k,
-                            left, right, softcap, scale};
+    std::optional<Tensor> seed, int64_t left, int64_t right, double softcap, double scale, double dropout_p,
+    bool bias_gradient, bool slopes_gradient) {
+  const Arguments arguments{q,    k,    v,     sinks,   bias,  mask,     slopes, cu_seqlens_q, cu_seqlens_k,
+                            seed, left, right, softcap, scale, dropout_p};
   const std::vector<Sequence> sequences = check(arguments);
   const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2);
   const auto check_rows = [&](const char* name, const Tensor& x) {

@@ -2,11 +2,13 @@
 // rows that see them. Scores are computed again, and with rows in the lanes as in the forward:
 //
 //     P  [keys][rows]  =  exp(S - lse)                  S = K Q^T, and what adjust() makes of it
-//     dS [keys][rows]  =  P (V dO^T + inner)            inner = dlse - sum over the keys of P dP, of a row
+//     dP [keys][rows]  =  V dO^T
+//     dS [keys][rows]  =  P (dP + inner)                inner = dlse - sum over the keys of P dP, of a row
 //     dV [keys][Dv]   +=  P dO                          P and dS are broadcast, columns in the lanes
 //     dK [keys][D]    +=  dS Q
 //     dQ^T [D][rows]  +=  K^T dS                        rows in the lanes
 //
+// With dropout dP, and P in dV, are 0 where a weight is dropped, else 1 / (1 - dropout_p) of themselves.
 // A task owns its keys' dK and dV. Its part of dQ is summed with those of the other tasks of the head, in the
 // order of the keys, by finish(). So the results do not depend on the number of threads.
 #pragma once
@@ -31,7 +33,7 @@ struct Gradient {
 template <class T, class Dot>
 class Backward : Block<T, Dot> {
   using Base = Block<T, Dot>;
-  using Base::c, Base::s, Base::kv_head, Base::scores, Base::addend, Base::kPer;
+  using Base::c, Base::s, Base::kv_head, Base::scores, Base::addend, Base::kept, Base::kPer;
 
  public:
   static constexpr int kBlocks = 4;  // of keys, for which a tile of rows is packed once
@@ -44,7 +46,7 @@ class Backward : Block<T, Dot> {
     columns = static_cast<int>(round_up(c.head_dim, kColumns));
     ld = round_up(c.head_dim, W), v_ld = round_up(c.value_dim, W);
     constexpr int64_t kTile = kKeys * kRows;
-    float* memory = scratch<Backward, float>(6 * kTile + 2 * (kRows + kSpan) * (ld + v_ld) + kSpan * ld);
+    float* memory = scratch<Backward, float>(7 * kTile + 2 * (kRows + kSpan) * (ld + v_ld) + kSpan * ld);
     const auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
     scores = take(kTile), addend = take(kTile), d_scores = take(kTile), bend = take(kTile);
     p_lanes = take(kTile), ds_lanes = take(kTile);
@@ -52,6 +54,7 @@ class Backward : Block<T, Dot> {
     do_tile = take(kRows * v_ld), do_rows = take(kRows * v_ld);
     d_k = take(kSpan * ld), d_v = take(kSpan * v_ld);
     k_packed = take(kSpan * ld), v_packed = take(kSpan * v_ld), columns_packed = take(kSpan * ld);
+    kept = take(kTile);
   }
 
   // Floats of a tile's part of dQ^T, and of the gradient of its slopes.
@@ -94,7 +97,7 @@ class Backward : Block<T, Dot> {
         });
       }
       write(d_k, ld, c.head_dim, c.scale, j0, j1, g.d_k);
-      write(d_v, v_ld, c.value_dim, 1.0f, j0, j1, g.d_v);
+      write(d_v, v_ld, c.value_dim, c.dropout.scale, j0, j1, g.d_v);
     }
   }
 
@@ -185,16 +188,18 @@ class Backward : Block<T, Dot> {
     }
   }
 
-  // Scores of block b from its key `skip` on, which is j, as exponents of 2 before the lse is taken off, and
-  // dP.
+  // Scores of block b from its key `skip` on, which is j, as exponents of 2 before the lse is taken off; dP,
+  // scaled by dropout, and in `kept` what it keeps.
   template <int R>
   void score_block(int64_t j, int b, int skip, int keys) {
     const int padded = static_cast<int>(round_up(keys, kColumns));
     const float factor = c.softcap > 0 ? c.scale / c.softcap : c.scale * kLog2e;
     F most[R];
-    score<Dot, R>(do_tile, v[b] + skip * v_steps[b], v_steps[b], padded, v_words, 1.0f, d_scores, most);
+    score<Dot, R>(do_tile, v[b] + skip * v_steps[b], v_steps[b], padded, v_words, c.dropout.scale, d_scores,
+                  most);
     score<Dot, R>(q_tile, k[b] + skip * k_steps[b], k_steps[b], padded, words, factor, scores, most);
     if (!this->plain(rows, j, padded)) this->template adjust<R>(rows, j, keys, padded, most, bend);
+    if (c.dropout.on) this->template draw<R>(rows, j - skip, skip, skip + padded, kept);
   }
 
   static F probability(F score, F lse) { return exp2_nonpositive(fma(lse, set1(-kLog2e), score)); }
@@ -208,7 +213,7 @@ class Backward : Block<T, Dot> {
     const int padded = static_cast<int>(round_up(keys, kColumns));
     const int64_t j = block + skip, at = b * kKeys + skip;
     score_block<R>(j, b, skip, keys);
-    derive<R>(j, padded, part);
+    c.dropout.on ? derive<R, true>(j, skip, padded, part) : derive<R, false>(j, skip, padded, part);
     if (g.d_bias) add_bias<R>(j, keys);
     const float *p = kPer == 1 ? scores : p_lanes, *ds = kPer == 1 ? d_scores : ds_lanes;
     const int64_t step = R * W / kPer;
@@ -221,9 +226,11 @@ class Backward : Block<T, Dot> {
                        (keys + kPer - 1) / kPer, one, part);
   }
 
-  // P and dS of a block of keys from j on, in the layouts of the three products; the gradient of the slopes.
-  template <int R>
-  void derive(int64_t j0, int padded, float* part) {
+  // P and dS of a block's keys from `skip` on, which is j0, in the layouts of the three products; the
+  // gradient of the slopes.
+  template <int R, bool kDropout>
+  void derive(int64_t j0, int skip, int padded, float* part) {
+    const float* keep = kept + skip * R * W;
     for (int r = 0; r < R; ++r) {
       const F row_lse = load(lse + r * W), row_inner = load(inner + r * W);
       float own[W];
@@ -236,8 +243,10 @@ class Backward : Block<T, Dot> {
 #pragma GCC unroll 2
         for (int e = 0; e < kPer; ++e) {
           const int64_t at = ((j + e) * R + r) * W;
-          const F p = probability(load(scores + at), row_lse);
-          F d = p * (load(d_scores + at) + row_inner);
+          F p = probability(load(scores + at), row_lse), dp = load(d_scores + at);
+          if constexpr (kDropout) dp = dp * load(keep + at);
+          F d = p * (dp + row_inner);
+          if constexpr (kDropout) p = p * load(keep + at);
           if (g.d_slopes) slope = slope - d * abs(position - set1(static_cast<float>(j + e)));
           if (g.d_bias) store(addend + at, d);
           if (c.softcap > 0) d = d * load(bend + at);
@@ -317,7 +326,9 @@ class Backward : Block<T, Dot> {
       for (int r = 0; r < R; ++r)
         for (int n = 0; n < keys; ++n) {
           const int64_t at = (n * R + r) * W;
-          total[r] = fma(probability(load(scores + at), load(lse + r * W)), load(d_scores + at), total[r]);
+          F dp = load(d_scores + at);
+          if (c.dropout.on) dp = dp * load(kept + at);
+          total[r] = fma(probability(load(scores + at), load(lse + r * W)), dp, total[r]);
         }
     }
     for (int r = 0; r < R; ++r) store(to + r * W, total[r]);

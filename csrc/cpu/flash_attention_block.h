@@ -3,6 +3,7 @@
 // to kRows packed rows (query, head of the group) of one sequence and one key head.
 #pragma once
 
+#include "flash_attention_dropout.h"
 #include "flash_attention_tile.h"
 #include "tensor.h"
 
@@ -13,7 +14,7 @@ struct Strides {  // of a (batch, head, row, column) tensor, in elements
 };
 
 struct Sequence {
-  int64_t batch, index;  // of the tensors; of the ALiBi slopes
+  int64_t batch, index;  // of the tensors; of the ALiBi slopes and dropout
   int64_t q_start, q_length, k_start, k_length;
 };
 
@@ -33,6 +34,7 @@ struct Call {
   int64_t left, right;  // keys that a row may see beside its own; large if all
   int64_t head_step, row_step;
   float scale, softcap;
+  Dropout dropout;
 };
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -253,10 +255,23 @@ class Block {
     }
   }
 
+  // What dropout keeps of a block's keys from `first` to `last`, in their place of [keys][R * W].
+  template <int R>
+  void draw(const Rows& tile, int64_t block, int first, int last, float* kept) {
+    uint32_t query[R * W], head[R * W];
+    for (int m = 0; m < R * W; ++m) {
+      query[m] = static_cast<uint32_t>(tile.query[m]), head[m] = static_cast<uint32_t>(tile.head[m]);
+    }
+    first = first / kCallKeys * kCallKeys;
+    const int keys = static_cast<int>(round_up(last, kCallKeys)) - first;
+    draw_kept<R>(c.dropout, query, head, static_cast<uint32_t>(s.index), static_cast<uint32_t>(block + first),
+                 keys, kept + first * R * W);
+  }
+
   const Call<T>& c;
   const Sequence& s;
   int64_t kv_head;
-  float *scores, *addend;
+  float *scores, *addend, *kept;
 };
 
 }  // namespace pyarch::flash

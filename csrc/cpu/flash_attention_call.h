@@ -65,14 +65,14 @@ inline std::vector<Sequence> sequences_of(const Tensor& q, const Tensor& k, cons
 
 struct Arguments {
   const Tensor &q, &k, &v;
-  const std::optional<Tensor>&sinks, &bias, &mask, &slopes, &cu_seqlens_q, &cu_seqlens_k;
+  const std::optional<Tensor>&sinks, &bias, &mask, &slopes, &cu_seqlens_q, &cu_seqlens_k, &seed;
   int64_t left, right;
-  double softcap, scale;
+  double softcap, scale, dropout_p;
 };
 
 inline std::vector<Sequence> check(const Arguments& a) {
-  const auto& [q, k, v, sinks, bias, mask, slopes, cu_seqlens_q, cu_seqlens_k, left, right, softcap, scale] =
-      a;
+  const auto& [q, k, v, sinks, bias, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, left, right, softcap,
+               scale, dropout_p] = a;
   PYARCH_CHECK(q.dim() == 4, "q: must be (B, H, Sq, D)");
   PYARCH_CHECK(k.dim() == 4 && k.size(0) == q.size(0) && k.size(3) == q.size(3),
                "k: must be (B, Hkv, Sk, D)");
@@ -85,6 +85,11 @@ inline std::vector<Sequence> check(const Arguments& a) {
   PYARCH_CHECK(k.scalar_type() == q.scalar_type(), "k: dtype must be q's");
   PYARCH_CHECK(v.scalar_type() == q.scalar_type(), "v: dtype must be q's");
   PYARCH_CHECK(left >= -1 && right >= -1, "window: must be at least -1");
+  PYARCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: must be at least 0 and below 1, not ", dropout_p);
+  PYARCH_CHECK(seed || dropout_p == 0, "seed: dropout needs it");
+  if (seed)
+    PYARCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                 "seed: must be one int64 element");
   const std::vector<Sequence> sequences = sequences_of(q, k, cu_seqlens_q, cu_seqlens_k);
   if (sinks)
     PYARCH_CHECK(sinks->dim() == 1 && sinks->size(0) == heads && sinks->is_contiguous() &&
@@ -108,8 +113,8 @@ inline std::vector<Sequence> check(const Arguments& a) {
 // Without what is written.
 template <class T>
 Call<T> call_of(const Arguments& a) {
-  const auto& [q, k, v, sinks, bias, mask, slopes, cu_seqlens_q, cu_seqlens_k, left, right, softcap, scale] =
-      a;
+  const auto& [q, k, v, sinks, bias, mask, slopes, cu_seqlens_q, cu_seqlens_k, seed, left, right, softcap,
+               scale, dropout_p] = a;
   Call<T> call{};
   call.q = static_cast<const T*>(q.data_ptr()), call.q_strides = strides_of(q);
   call.k = static_cast<const T*>(k.data_ptr()), call.k_strides = strides_of(k);
@@ -128,6 +133,12 @@ Call<T> call_of(const Arguments& a) {
   call.left = left < 0 ? kUnbounded : std::min(left, kUnbounded);
   call.right = right < 0 ? kUnbounded : std::min(right, kUnbounded);
   call.scale = static_cast<float>(scale), call.softcap = static_cast<float>(softcap);
+  if (dropout_p > 0) {
+    const uint64_t number = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+    call.dropout.on = true, call.dropout.scale = static_cast<float>(1 / (1 - dropout_p));
+    call.dropout.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 65536), 65535.0));
+    call.dropout.low = static_cast<uint32_t>(number), call.dropout.high = static_cast<uint32_t>(number >> 32);
+  }
   return call;
 }
 

@@ -23,7 +23,7 @@ struct Tile : Rows {
 template <class T, class Dot>
 class Task : Block<T, Dot> {
   using Base = Block<T, Dot>;
-  using Base::c, Base::s, Base::kv_head, Base::scores, Base::kPer;
+  using Base::c, Base::s, Base::kv_head, Base::scores, Base::kept, Base::kPer;
 
  public:
   static constexpr int kTiles = 4;  // of one task, which share each block of packed keys and values
@@ -34,7 +34,7 @@ class Task : Block<T, Dot> {
     columns = static_cast<int>(round_up(c.value_dim, kColumns));
     const int64_t k_ld = round_up(words, W), out_rows = round_up(columns, W);
     float* memory =
-        scratch<Task, float>((count * (k_ld + out_rows) + 2 * kKeys) * kRows + kKeys * (k_ld + columns));
+        scratch<Task, float>((count * (k_ld + out_rows) + 3 * kKeys) * kRows + kKeys * (k_ld + columns));
     for (int n = 0; n < count; ++n, memory += (k_ld + out_rows) * kRows)
       prepare(tiles[n], memory, memory + k_ld * kRows, first_row + n * kRows,
               std::min<int64_t>(kRows, rows - n * kRows));
@@ -42,6 +42,7 @@ class Task : Block<T, Dot> {
     Base::addend = scores + kKeys * kRows;
     k_packed = Base::addend + kKeys * kRows;
     v_packed = k_packed + kKeys * k_ld;
+    kept = v_packed + kKeys * columns;
   }
 
   void run() {
@@ -82,7 +83,12 @@ class Task : Block<T, Dot> {
     const float factor = c.softcap > 0 ? c.scale / c.softcap : c.scale * kLog2e;
     score<Dot, R>(tile.q, k, k_step, padded, words, factor, scores, most);
     if (!this->plain(tile, j0, padded)) this->template adjust<R>(tile, j0, keys, padded, most);
-    soften<Dot, R>(scores, even, most, tile.maximum, tile.total, decay);
+    if (c.dropout.on) {
+      this->template draw<R>(tile, j0, 0, even, kept);
+      soften<Dot, R, true>(scores, kept, even, most, tile.maximum, tile.total, decay);
+    } else {
+      soften<Dot, R, false>(scores, nullptr, even, most, tile.maximum, tile.total, decay);
+    }
     accumulate<Dot, R>(scores, v, v_step, columns, even / kPer, decay, tile.out);
   }
 
@@ -90,7 +96,7 @@ class Task : Block<T, Dot> {
   void finish(const Tile& tile) {
     for (int r = 0; r < R; ++r) {
       const F total = load(tile.total + r * W);
-      const F inverse = select(total == zero(), zero(), set1(1.0f) / total);
+      const F inverse = select(total == zero(), zero(), set1(c.dropout.scale) / total);
       int64_t row[W];
       const int rows = std::min(W, tile.rows - r * W);
       for (int i = 0; i < rows; ++i) {

@@ -165,9 +165,11 @@ void score(const float* q, const Word* k, int64_t ld, int keys, int depth, float
 
 // One step of the online softmax: scores become P = 2^(score - maximum), as words [keys / kPerWord][R * W] in
 // their place; the running maximum and sum take the block in, and decay[r] is what everything accumulated
-// before must be multiplied with. keys is a multiple of kPerWord.
-template <class Dot, int R>
-void soften(float* scores, int keys, const F (&most)[R], float* maximum, float* total, F (&decay)[R]) {
+// before must be multiplied with. keys is a multiple of kPerWord. With dropout P is multiplied by kept, like
+// scores, after the sum.
+template <class Dot, int R, bool kDropout>
+void soften(float* scores, const float* kept, int keys, const F (&most)[R], float* maximum, float* total,
+            F (&decay)[R]) {
   constexpr int kPer = Dot::kPerWord;
   F origin[R], sum[R];
   for (int r = 0; r < R; ++r) {
@@ -185,6 +187,7 @@ void soften(float* scores, int keys, const F (&most)[R], float* maximum, float* 
       for (int e = 0; e < kPer; ++e) {
         p[e] = exp2_nonpositive(load(scores + (j + e) * R * W + r * W) - origin[r]);
         sum[r] = sum[r] + p[e];
+        if constexpr (kDropout) p[e] = p[e] * load(kept + (j + e) * R * W + r * W);
       }
       // Only rows that are read already are written: row j / kPer, of which lane block r is this one's own.
       store(scores + j / kPer * R * W + r * W, Dot::pack(p));

@@ -12,6 +12,7 @@
     bias          broadcastable to (B, H, Sq, Sk); q's dtype or float32; never expanded in memory
     mask          broadcastable to (B, H, Sq, Sk); bool, True keeps
     alibi_slopes  (H) or (B, H)      q's dtype or float32
+    seed          one element        int64
     returns       out (B, H, Sq, Dv) like q; with return_lse also lse (B, H, Sq) float32 (float64 for float64)
 
 Row i stands at position p = i + Sk - Sq of the keys (aligned at the bottom right). It sees the keys from p - left to
@@ -23,11 +24,16 @@ Packed sequences: B is 1 and cu_seqlens_q, cu_seqlens_k are int32 (n + 1), risin
 sequence b are cu[b] to cu[b+1] - 1, positions count within it, and alibi_slopes may be (n, H); bias and mask remain
 (1, H, Sq, Sk).
 
+Dropout: with dropout_p > 0 each weight of the softmax, but not the sink's, is 0 with that probability (to within
+2^-17) and else multiplied by 1 / (1 - dropout_p); lse is as without. Which ones is a function of the seed, the
+sequence, the head, the row and the key alone (_dropout.py), the same on every backend and in gradients. Without a seed
+one is drawn from torch's generator of q's device.
+
 Scores, softmax and sums are fp32 and out is rounded once; products of bf16 inputs are bf16 dot products, for which the
 probabilities are rounded to bf16. On the CPU a row is bitwise the same for any batch and any number of threads.
 Gradients, of lse too: on the CPU a native kernel, in memory linear in the sequence, the same bits for any number of
 threads; elsewhere, and for a second derivative, the reference's formulas, in memory quadratic in the sequence.
-Errors: TypeError or ValueError naming the argument. Not supported: dropout.
+Errors: TypeError or ValueError naming the argument.
 Dao et al., FlashAttention, 2022; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
 
@@ -39,7 +45,7 @@ import torch
 
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator, refusal
-from . import _args, _attention, _attention_formulas
+from . import _args, _attention, _attention_formulas, _dropout
 from ._attention_formulas import Options
 
 
@@ -58,6 +64,8 @@ def flash_attention(
     alibi_slopes: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -67,16 +75,18 @@ def flash_attention(
     """
     facts = check(
         q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, bias=bias, mask=mask,
-        alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
+    seed = _dropout.seed_of(dropout_p, seed, q.device)
     chosen = FLASH_ATTENTION.choose(backend, facts)
     if chosen == "reference":
         return flash_attention_reference(
             q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, bias=bias, mask=mask,
-            alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+            alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
+            seed=seed, return_lse=return_lse,
         )  # fmt: skip
-    options = _options(q, causal, window, softcap, scale)
-    tensors = (q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+    options = _options(q, causal, window, softcap, scale, dropout_p)
+    tensors = (q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed)
     if _args.needs_grad(q, k, v, sinks, bias, alibi_slopes):
         out, lse = _FlashAttention.apply(chosen, options, *tensors)
     else:
@@ -99,18 +109,23 @@ def flash_attention_reference(
     alibi_slopes: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain PyTorch in float32 (float64 for float64): differentiable, any device and dtype."""
-    options = _options(q, causal, window, softcap, scale)
-    weights = _attention_formulas.weights(options, q, k, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
-    out = (weights.p @ _attention_formulas.wide(v, q.shape[1])).to(q.dtype)
+    options = _options(q, causal, window, softcap, scale, dropout_p)
+    seed = _dropout.seed_of(dropout_p, seed, q.device)
+    weights = _attention_formulas.weights(
+        options, q, k, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed
+    )
+    out = (weights.thin(weights.p) @ _attention_formulas.wide(v, q.shape[1])).to(q.dtype)
     return (out, weights.lse) if return_lse else out
 
 
-def _options(q: torch.Tensor, causal: bool, window: Any, softcap: float, scale: float | None) -> Options:
+def _options(q: torch.Tensor, causal: bool, window: Any, softcap: float, scale: float | None, p: float) -> Options:
     left, right = _attention.window(window, causal)
-    return left, right, softcap, q.shape[-1] ** -0.5 if scale is None else scale
+    return left, right, softcap, q.shape[-1] ** -0.5 if scale is None else scale, p
 
 
 def check(
@@ -128,6 +143,8 @@ def check(
     alibi_slopes: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
     return_lse: bool = False,
 ) -> Facts:
     """Checks the arguments and returns the facts that dispatch compares with LIMITS."""
@@ -176,7 +193,9 @@ def check(
             _args.shape("alibi_slopes", alibi_slopes, sequences, heads)
         else:
             _args.shape("alibi_slopes", alibi_slopes, heads)
-    return {"device": _args.device_type(q), "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+    _dropout.check(dropout_p, seed, device)
+    sizes = {"head_dim": head_dim, "value_dim": value_dim}
+    return {"device": _args.device_type(q), "dtype": dtype, **sizes, "dropout": dropout_p > 0}
 
 
 def _broadcastable(name: str, x: torch.Tensor, full: tuple[int, ...]) -> None:
@@ -193,14 +212,14 @@ def _run(backend: str, tensors: tuple, options: Options) -> tuple[torch.Tensor, 
 
 def _operands(tensors: tuple) -> tuple:
     """As the operators take them: what broadcasts expanded, numbers of heads in float32."""
-    q, k, v, sinks, bias, mask, slopes, cu_q, cu_k = tensors
+    q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, seed = tensors
     return (
         q, k, v,
         None if sinks is None else sinks.float().contiguous(),
         None if bias is None else bias.expand(*q.shape[:3], k.shape[2]),
         None if mask is None else mask.expand(*q.shape[:3], k.shape[2]),
         None if slopes is None else slopes.float().contiguous(),
-        _args.contiguous(cu_q), _args.contiguous(cu_k),
+        _args.contiguous(cu_q), _args.contiguous(cu_k), seed,
     )  # fmt: skip
 
 
@@ -250,7 +269,7 @@ class _Gradients(torch.autograd.Function):
 
 def _run_backward(backend, options, wanted, out, lse, d_out, d_lse, *tensors) -> tuple:
     """The gradients with respect to tensors, by the native kernel; None where not wanted, but for q, k and v."""
-    _, _, _, sinks, bias, _, slopes, _, _ = tensors
+    _, _, _, sinks, bias, _, slopes, _, _, _ = tensors
     operands = list(_operands(tensors))
     if bias is not None:
         operands[4] = bias[(None,) * (4 - bias.dim())]  # not expanded: as its gradient
@@ -263,16 +282,18 @@ def _run_backward(backend, options, wanted, out, lse, d_out, d_lse, *tensors) ->
     d_sinks = d_sinks.to(sinks.dtype) if wanted[3] else None
     d_bias = d_bias.view(bias.shape).to(bias.dtype) if wanted[4] else None
     d_slopes = d_slopes.to(slopes.dtype) if wanted[6] else None
-    return d_q, d_k, d_v, d_sinks, d_bias, None, d_slopes, None, None
+    return d_q, d_k, d_v, d_sinks, d_bias, None, d_slopes, None, None, None
 
 
-def _fake(q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, softcap, scale):
+def _fake(
+    q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed, left, right, softcap, scale, dropout_p
+):
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _fake_backward(
-    d_out, d_lse, out, lse, q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
-    left, right, softcap, scale, bias_gradient, slopes_gradient,
+    d_out, d_lse, out, lse, q, k, v, sinks, bias, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed,
+    left, right, softcap, scale, dropout_p, bias_gradient, slopes_gradient,
 ):  # fmt: skip
     asked = (sinks, sinks is not None), (bias, bias_gradient), (alibi_slopes, slopes_gradient)
     numbers = (q.new_empty(x.shape if wanted else (0,), dtype=torch.float32) for x, wanted in asked)
@@ -281,7 +302,9 @@ def _fake_backward(
 
 LIMITS = {
     "cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)}),
-    "triton": Limits("cuda", ranges={"head_dim": (1, 256), "value_dim": (1, 256)}, capability=(8, 0)),
+    "triton": Limits(
+        "cuda", allowed={"dropout": (False,)}, ranges={"head_dim": (1, 256), "value_dim": (1, 256)}, capability=(8, 0)
+    ),
 }
 FLASH_ATTENTION = Op(
     "flash_attention",
@@ -294,15 +317,16 @@ NATIVE_GRADIENT = ("cpu",)  # the backends that have one
 define(
     "flash_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? alibi_slopes,"
-    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right, float softcap, float scale) -> (Tensor, Tensor)",
+    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, int left, int right, float softcap, float scale,"
+    " float dropout_p) -> (Tensor, Tensor)",
     _fake,
     triton="flash_attention:forward",
 )
 define(
     "flash_attention_backward",
     "(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias,"
-    " Tensor? mask, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right,"
-    " float softcap, float scale, bool bias_gradient, bool slopes_gradient)"
+    " Tensor? mask, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, int left,"
+    " int right, float softcap, float scale, float dropout_p, bool bias_gradient, bool slopes_gradient)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
