@@ -203,6 +203,13 @@ def test_trains(tiny):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_has_gradients_after_it_answered(tiny):
+    """What generation makes in inference mode and keeps is no obstacle to autograd."""
+    list(generate(tiny, [1, 2, 3], max_tokens=2))
+    tiny(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert tiny.head.weight.grad is not None
+
+
 def test_presets_have_the_published_sizes():
     counts = {"smollm2-135m": 134_515_008, "llama-3.1-8b": 8_030_261_248, "mistral-7b": 7_241_732_096,
               "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920}  # fmt: skip

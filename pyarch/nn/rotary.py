@@ -42,12 +42,16 @@ class RotaryEmbedding(torch.nn.Module):
         kept = self._tables
         if kept is None or kept[0].shape[0] < positions or kept[0].device != torch.device(device):
             length = min(self.max_positions, max(256, 1 << (positions - 1).bit_length()))
-            frequency = self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float64) / -self.head_dim)
-            if self.factors is not None:
-                frequency = frequency / torch.tensor(self.factors, dtype=torch.float64)
-            angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-            kept = self._tables = (angle.cos().float().to(device), angle.sin().float().to(device))
+            with torch.inference_mode(False):  # they outlive the mode, and autograd takes no tensor made in it
+                kept = self._tables = self._made(length, device)
         return kept
+
+    def _made(self, length: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        frequency = self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float64) / -self.head_dim)
+        if self.factors is not None:
+            frequency = frequency / torch.tensor(self.factors, dtype=torch.float64)
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+        return angle.cos().float().to(device), angle.sin().float().to(device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotates x (..., S, head_dim), whose rows stand at positions 0 to S-1; differentiable."""

@@ -50,14 +50,38 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+_copies = [0, 0]
+
+
+def copies() -> tuple[int, int]:
+    """(how many, their bytes): the copies that ops have made, since the process began, of arguments that lie in memory
+    as their kernel cannot read them. Each op says which it copies. Compiled functions are not counted."""
+    return _copies[0], _copies[1]
+
+
+def _copied(t: torch.Tensor) -> torch.Tensor:
+    if not torch.compiler.is_compiling():
+        _copies[0] += 1
+        _copies[1] += t.nbytes
+    return t
+
+
 def contiguous(t: Any) -> Any:
     """The tensor (or None), copied only if it is not contiguous."""
-    return t if t is None or t.is_contiguous() else t.contiguous()
+    return t if t is None or t.is_contiguous() else _copied(t.contiguous())
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x as (rows, columns): itself, at no cost, if it has two dimensions."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    """x as (rows, columns), copied only if its rows do not follow one another at one distance."""
+    if x.dim() == 2:
+        return x
+    flat = x.shape[:-1].numel(), x.shape[-1]
+    if torch.compiler.is_compiling() or x.is_contiguous():
+        return x.reshape(flat)
+    try:
+        return x.view(flat)
+    except RuntimeError:
+        return _copied(x.reshape(flat))
 
 
 def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -67,4 +91,4 @@ def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def row_contiguous(t: torch.Tensor) -> torch.Tensor:
     """The tensor, copied only if its last dimension is not contiguous."""
-    return t if t.is_contiguous() or t.stride(-1) == 1 else t.contiguous()  # in this order: it is the faster one
+    return t if t.is_contiguous() or t.stride(-1) == 1 else _copied(t.contiguous())  # in this order: the faster one

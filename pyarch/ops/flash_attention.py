@@ -275,7 +275,7 @@ def _run_backward(backend, options, wanted, out, lse, d_out, d_lse, *tensors) ->
         operands[4] = bias[(None,) * (4 - bias.dim())]  # not expanded: as its gradient
     try:
         d_q, d_k, d_v, d_sinks, d_bias, d_slopes = operator("flash_attention_backward", backend)(
-            d_out, d_lse.contiguous(), out, lse, *operands, *options, wanted[4], wanted[6]
+            d_out, _args.contiguous(d_lse), out, lse, *operands, *options, wanted[4], wanted[6]
         )
     except RuntimeError as error:
         raise refusal(error) from None

@@ -30,6 +30,9 @@ and its splits are combined in their order: an answer is bitwise the same alone 
 number of threads. Slots that hold no token may hold anything, NaN included, and so may table entries of positions that
 no row attends to.
 
+Caches are used in place. q, k, v and slot_mapping are copied first where their last dimension is not contiguous
+(pyarch.copies).
+
 Errors: TypeError or ValueError for metadata. For values (lengths, table entries, slots) the CPU operators and the
 reference raise before anything is read or written. CUDA kernels cannot, since the host would have to wait; they touch
 nothing outside their arguments, and give NaN to the rows of a sequence whose length is not possible, to rows that

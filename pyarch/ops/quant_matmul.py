@@ -13,6 +13,9 @@ the group is the row), amax / 127, round half to even. It changes answers (about
 never chosen for you; int8 products are summed exactly in int32 within a group (in fp32 where groups are scattered by
 g_idx or do not fill whole 32-bit words).
 
+x is read in place if its rows are evenly apart; else it is copied first, and so are weights and bias that are not
+contiguous (pyarch.copies).
+
 On the CPU a row of y is bitwise the same for any M and any number of threads (per CPU library).
 Gradients: for x and bias, through the dequantised weight, and through act_bits=8 as if it did not round (straight
 through); the codes have none.

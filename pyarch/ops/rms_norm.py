@@ -8,7 +8,8 @@
     residual  (..., n)   like x, or None
     returns   y (..., n) like x; with a residual (y, s), since s is the next residual
 
-Sums, the root and the product are fp32; y is rounded once. Gradients: of the formula, by the reference.
+Sums, the root and the product are fp32; y is rounded once. Gradients: of the formula, by the reference. What is not
+contiguous is copied first (pyarch.copies).
 Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 """
 

@@ -10,7 +10,7 @@ A pair (a, b) of a head turns by angle j: (a cos_j - b sin_j, b cos_j + a sin_j)
     interleaved=False   j and j + D/2    halves: GPT-NeoX, Hugging Face checkpoints
     interleaved=True    2j and 2j + 1    LLaMA's original, as GGUF files keep it
 
-    qkv             (T, (Hq + 2 Hkv) * D)         float32, bfloat16 or float16, any strides
+    qkv             (T, (Hq + 2 Hkv) * D)         float32, bfloat16 or float16
     cos, sin        (max_positions, D/2)          float32: tables by position
     positions       (T)                int64      in [0, max_positions)
     k_cache         (pages, page_size, Hkv, D)    qkv's dtype or int8, any outer strides; v_cache likewise
@@ -22,7 +22,8 @@ A pair (a, b) of a head turns by angle j: (a cos_j - b sin_j, b cos_j + a sin_j)
 Everything is fp32 between one load and one rounding; v is copied bit by bit. What goes to an int8 cache is rounded as
 kv_append rounds it, k after it was rounded to qkv's dtype. The CPU operator and the reference refuse
 positions and slots out of range, and slots named twice, before anything is written.
-For inference: a call that autograd would record runs on the reference.
+For inference: a call that autograd would record runs on the reference. A qkv whose rows are not contiguous, and tables,
+positions or slots that are not, are copied first (pyarch.copies).
 Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021.
 """
 

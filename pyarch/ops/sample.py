@@ -13,7 +13,7 @@
 
 temperature 0 takes the largest logit, of equal ones the first, and draws nothing. None is no limit.
 Equal seeds give equal tokens on every backend, but where u falls within rounding of a boundary (w is fp32, sums are
-float64). No gradient: tokens have none.
+float64). No gradient: tokens have none. Logits whose rows are not contiguous are copied first (pyarch.copies).
 Holtzman et al., The Curious Case of Neural Text Degeneration, 2020 (top-p); Minh et al., Min-p Sampling, 2024.
 """
 

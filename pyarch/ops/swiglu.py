@@ -5,7 +5,8 @@
     x         (..., 2F)  float32, bfloat16 or float16: the output of one matmul with both weights
     returns   (..., F)   like x
 
-The product is fp32 and rounded once. Gradients: of the formula, in PyTorch operations.
+The product is fp32 and rounded once. Gradients: of the formula, in PyTorch operations. An x whose rows are not
+contiguous, or not evenly apart, is copied first (pyarch.copies).
 Shazeer, GLU Variants Improve Transformer, 2020.
 """
 
