@@ -1,6 +1,7 @@
 """The trained model, end to end: SmolLM2-135M-Instruct through pyarch against the same model in plain PyTorch, and the
 command line."""
 
+import functools
 import os
 import pydoc_data.topics
 import re
@@ -166,7 +167,10 @@ def test_interrupt_keeps_the_text(path):
     command = [sys.executable, "-m", "pyarch", "generate", "--model", str(path), "--prompt", PROMPTS[1],
                "--max-tokens", "4000", "--backend", "reference"]  # slow: the answer must not end first  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT) as child:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # What runs the suite may ignore the signal, which children inherit.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, env=environment, cwd=ROOT, preexec_fn=heed) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         start = child.stdout.read(10)

@@ -12,6 +12,7 @@ namespace {
 
 using namespace flash;
 
+constexpr int64_t kGrain = 256;
 constexpr int64_t kParts = 32;  // tasks that a small batch is divided into; each has a dQ of its own head
 
 struct Piece {  // of the work: keys of one head
@@ -44,10 +45,12 @@ void run(const Call<T>& call, const Gradient<T>& gradient, const std::vector<Seq
   int64_t work = 0, floats = 0, tiles = 0;
   for (const Sequence& s : sequences) {
     const int64_t n = (s.q_length * call.group + kRows - 1) / kRows, step = n * Work::part_size(call);
-    const int64_t blocks = (s.k_length + Work::kSpan - 1) / Work::kSpan;
-    const int64_t wanted = std::clamp<int64_t>((kParts + heads - 1) / std::max<int64_t>(heads, 1), 1,
-                                               std::max<int64_t>(blocks, 1));
-    const int64_t span = std::max<int64_t>((blocks + wanted - 1) / wanted, 1) * Work::kSpan;
+    // Parts begin at multiples of kGrain keys; a tile of rows shall lie in few of them.
+    const int64_t least = Work::narrow(call) ? round_up(Work::width(call), kGrain) : kGrain;
+    const int64_t most = std::max<int64_t>(1, (s.k_length + least - 1) / least);
+    const int64_t wanted = std::min((kParts + heads - 1) / std::max<int64_t>(heads, 1), most);
+    const int64_t grains = (s.k_length + kGrain - 1) / kGrain;
+    const int64_t span = std::max<int64_t>((grains + wanted - 1) / wanted, 1) * kGrain;
     const int64_t count = (s.k_length + span - 1) / span;
     for (int64_t h = 0; h < gradient.kv_heads; ++h) {
       all.push_back({&s, h, n, nullptr, span, count, step});

@@ -36,8 +36,7 @@ class Backward : Block<T, Dot> {
   using Base::c, Base::s, Base::kv_head, Base::scores, Base::addend, Base::kept, Base::kPer;
 
  public:
-  static constexpr int kBlocks = 4;  // of keys, for which a tile of rows is packed once
-  static constexpr int64_t kSpan = kBlocks * kKeys;
+  static constexpr int kBlocks = 4, kMostBlocks = 16;  // of keys, for which a tile of rows is packed once
 
   Backward(const Call<T>& call, const Gradient<T>& gradient, const Sequence& sequence, int64_t kv_head)
       : Base(call, sequence, kv_head), g(gradient) {
@@ -45,30 +44,40 @@ class Backward : Block<T, Dot> {
     v_words = static_cast<int>((c.value_dim + kPer - 1) / kPer);
     columns = static_cast<int>(round_up(c.head_dim, kColumns));
     ld = round_up(c.head_dim, W), v_ld = round_up(c.value_dim, W);
+    blocks = narrow(c) && ld + v_ld <= 256 ? kMostBlocks : kBlocks;  // of 512 the span leaves the cache
     constexpr int64_t kTile = kKeys * kRows;
-    float* memory = scratch<Backward, float>(7 * kTile + 2 * (kRows + kSpan) * (ld + v_ld) + kSpan * ld);
+    const int64_t span = blocks * kKeys;
+    float* memory = scratch<Backward, float>(7 * kTile + 2 * (kRows + span) * (ld + v_ld) + span * ld);
     const auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
     scores = take(kTile), addend = take(kTile), d_scores = take(kTile), bend = take(kTile);
     p_lanes = take(kTile), ds_lanes = take(kTile);
     q_tile = take(kRows * ld), q_rows = take(kRows * ld);
     do_tile = take(kRows * v_ld), do_rows = take(kRows * v_ld);
-    d_k = take(kSpan * ld), d_v = take(kSpan * v_ld);
-    k_packed = take(kSpan * ld), v_packed = take(kSpan * v_ld), columns_packed = take(kSpan * ld);
+    d_k = take(span * ld), d_v = take(span * v_ld);
+    k_packed = take(span * ld), v_packed = take(span * v_ld), columns_packed = take(span * ld);
     kept = take(kTile);
   }
 
   // Floats of a tile's part of dQ^T, and of the gradient of its slopes.
   static int64_t part_size(const Call<T>& call) { return (round_up(call.head_dim, W) + 1) * kRows; }
 
+  // Keys that a tile of rows sees at most, if there are so many.
+  static int64_t width(const Call<T>& call) { return call.left + call.right + kRows; }
+
+  // Whether they are so few that most tiles would lie in several spans of kBlocks, and be packed for each.
+  static bool narrow(const Call<T>& call) { return width(call) <= kMostBlocks * kKeys; }
+
   // inner of a tile's rows. The sum of P dP is dO . O, but O has the digits of T: where those are few, and of
   // few keys, over which their error does not average, it is summed itself.
   void weigh(int64_t tile, bool exact) {
     prepare(tile);
-    Base::pack_lanes(rows, g.out, g.out_strides, c.value_dim, do_rows);
+    const bool summed = exact || (sizeof(T) == 2 && rows.end - rows.begin <= kKeys);
+    if (summed) Base::pack_lanes(rows, c.q, c.q_strides, c.head_dim, q_tile);
+    if (!summed) Base::pack_lanes(rows, g.out, g.out_strides, c.value_dim, do_rows);
     Base::for_vectors(rows, [&](auto vectors) {
       constexpr int R = decltype(vectors)::value;
       float sum[kRows];
-      exact || (sizeof(T) == 2 && rows.end - rows.begin <= kKeys) ? sum_products<R>(sum) : dot_rows<R>(sum);
+      summed ? sum_products<R>(sum) : dot_rows<R>(sum);
       for (int m = 0; m < rows.rows; ++m) {
         const int64_t i = index(m);
         g.inner[i] = (g.lse[i] == -kInf ? 0.0f : g.d_lse[i]) - sum[m];
@@ -81,18 +90,19 @@ class Backward : Block<T, Dot> {
     const int64_t tiles = (s.q_length * c.group + kRows - 1) / kRows;
     for (int64_t n = 0; n < tiles; ++n)
       if (sees(n, first, last)) std::fill_n(parts + n * part_size(c), part_size(c), 0.0f);
-    for (int64_t j0 = first; j0 < last; j0 += kSpan) {
-      const int64_t j1 = std::min(last, j0 + kSpan);
+    for (int64_t j0 = first, span = blocks * kKeys; j0 < last; j0 += span) {
+      const int64_t j1 = std::min(last, j0 + span);
       load_span(j0, j1);
-      std::fill_n(d_k, kSpan * ld, 0.0f);
-      std::fill_n(d_v, kSpan * v_ld, 0.0f);
+      std::fill_n(d_k, round_up(j1 - j0, kColumns) * ld, 0.0f);
+      std::fill_n(d_v, round_up(j1 - j0, kColumns) * v_ld, 0.0f);
       for (int64_t n = 0; n < tiles; ++n) {
         if (!sees(n, j0, j1)) continue;
         prepare(n);
+        Base::pack_lanes(rows, c.q, c.q_strides, c.head_dim, q_tile);
         pack_rows(c.q, c.q_strides, c.head_dim, ld, q_rows);
         pack_rows(g.d_out, g.d_out_strides, c.value_dim, v_ld, do_rows);
         Base::for_vectors(rows, [&](auto vectors) {
-          for (int b = 0; b < kBlocks && j0 + b * kKeys < j1; ++b)
+          for (int b = 0; b < blocks && j0 + b * kKeys < j1; ++b)
             differentiate<decltype(vectors)::value>(j0, b, j1, parts + n * part_size(c));
         });
       }
@@ -106,10 +116,12 @@ class Backward : Block<T, Dot> {
     Base::place(rows, tile * kRows, std::min<int64_t>(kRows, s.q_length * c.group - tile * kRows));
     parts += tile * part_size(c);
     const int lanes = rows.vectors * W;
+    int64_t begin = 0, end = 0;  // the parts that the tile is in
+    for (int64_t j = 0, n = 0; j < s.k_length; j += span, ++n)
+      if (sees(tile, j, std::min(j + span, s.k_length))) begin = end == 0 ? n : begin, end = n + 1;
     const auto sum = [&](int64_t at) {
       F x = zero();
-      for (int64_t j = 0, n = 0; j < s.k_length; j += span, ++n)
-        if (sees(tile, j, std::min(j + span, s.k_length))) x = x + load(parts + n * step + at);
+      for (int64_t n = begin; n < end; ++n) x = x + load(parts + n * step + at);
       return x;
     };
     for (int r = 0; r < rows.vectors; ++r) {
@@ -148,7 +160,6 @@ class Backward : Block<T, Dot> {
       lse[m] = real ? g.lse[i] : kInf;
       inner[m] = real ? g.inner[i] : 0.0f;
     }
-    Base::pack_lanes(rows, c.q, c.q_strides, c.head_dim, q_tile);
     Base::pack_lanes(rows, g.d_out, g.d_out_strides, c.value_dim, do_tile);
   }
 
@@ -179,7 +190,7 @@ class Backward : Block<T, Dot> {
   }
 
   void load_span(int64_t j0, int64_t j1) {
-    for (int b = 0; b < kBlocks && j0 + b * kKeys < j1; ++b) {
+    for (int b = 0; b < blocks && j0 + b * kKeys < j1; ++b) {
       load_block(j0, b, j1);
       const int64_t j = j0 + b * kKeys;
       k_columns[b] = Base::load_columns(c.k, c.k_strides, c.head_dim, j,
@@ -342,9 +353,9 @@ class Backward : Block<T, Dot> {
   }
 
   const Gradient<T>& g;
-  int words, v_words, columns;
-  int64_t ld, v_ld, k_step, v_step, k_steps[kBlocks], v_steps[kBlocks], column_steps[kBlocks];
-  const Word *k[kBlocks], *v[kBlocks], *k_columns[kBlocks];
+  int words, v_words, columns, blocks;
+  int64_t ld, v_ld, k_step, v_step, k_steps[kMostBlocks], v_steps[kMostBlocks], column_steps[kMostBlocks];
+  const Word *k[kMostBlocks], *v[kMostBlocks], *k_columns[kMostBlocks];
   float *d_scores, *bend, *p_lanes, *ds_lanes, *q_tile, *q_rows, *do_tile, *do_rows, *d_k, *d_v;
   float *k_packed, *v_packed, *columns_packed;
   float lse[kRows], inner[kRows];
