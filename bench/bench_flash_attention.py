@@ -70,6 +70,11 @@ def bench_flash_attention_written_out_bf16(case):
 
 # SDPA's gradient has no groups: cases whose heads have keys of their own.
 TRAINED = {name: case for name, case in CASES.items() if case["heads"] == case["kv_heads"] and case["rows"] <= 4096}
+_LONG = dict(batch=1, heads=8, kv_heads=8, rows=4096, keys=4096)
+TRAINED |= {
+    "h8-d64-4096": dict(_LONG, head_dim=64, causal=False),
+    "h8-d128-4096-causal": dict(_LONG, head_dim=128, causal=True),
+}
 
 
 def _gradient(case: dict, dtype: torch.dtype, forward: bool) -> Entry:
