@@ -15,12 +15,11 @@ A row of 4-bit codes, two to a byte, the even column in the low nibble; a group 
 The tensors are the canonical form: what a state_dict holds and what every backend reads, on every device. They belong
 to the QuantizedTensor once it is made and must not be written to.
 
-`prepack` gives the same weight in the order in which CPU kernels read it fastest, a PackedTensor: panels of 64 rows,
+`prepack` gives the same weight in the order in which the kernels of its device read it fastest, a PackedTensor: 64 rows
+side by side on the CPU, the fragments of matrix instructions on a GPU (orders.py has both).
 
-    q       [ceil(N/64), ceil(K*bits/32), 64, 4], uint8 or int8: four bytes of each of 64 rows, then the next four
-    scale   [ceil(N/64), G, 64], zero and offset likewise; rows beyond N and bytes beyond K are 0
-
-It has the very same codes and numbers, results do not differ in a bit, and `unpack` gives the canonical form back.
+It has the very same codes and numbers, results on the CPU do not differ in a bit, and `unpack` gives the canonical form
+back.
 """
 
 from __future__ import annotations
@@ -37,12 +36,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
 
+from . import orders
 from .allocator import in_huge_pages
+from .orders import pack_int4 as pack_int4
+from .orders import unpack_int4
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 TENSORS = ("q", "scale", "zero", "offset", "g_idx")  # the fields of both layouts that are tensors
-PANEL = 64
 
 
 class _Weight:
@@ -182,6 +183,10 @@ class QuantizedTensor(_Weight):
     def out_features(self) -> int:  # type: ignore[override]
         return self.q.shape[0]
 
+    @property
+    def order(self) -> str:
+        return "canonical"
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same weight on another device; dtypes never change."""
         moved = [None if t is None else t.to(device) for t in self._tensors()]
@@ -192,24 +197,27 @@ class QuantizedTensor(_Weight):
         picked = [None if t is None else t.index_select(0, index) for t in self._tensors()[:4]]
         return _unflatten(QuantizedTensor, [*picked, self.g_idx], (self.in_features, self.group_size))
 
-    def prepack(self) -> PackedTensor:
-        """The same weight in the order of CPU kernels; the module's text has the layout.
+    def prepack(self, order: str | None = None) -> PackedTensor:
+        """The same weight in the order of its device's kernels, or "panels" (CPU) or "fragments" (CUDA); orders.py has
+        the layouts.
 
-        Raises ValueError for a weight that is not on the CPU.
+        Raises ValueError for an unknown order, and without one for a weight that is neither on a CPU nor on a GPU.
         """
-        if self.device.type != "cpu":
-            raise ValueError(f"device: must be cpu, whose kernels read the packed order, not {self.device}")
-        n, missing = self.out_features, -self.out_features % PANEL
+        if order is None:
+            of_device = [name for name, each in orders.ORDERS.items() if each.device == self.device.type]
+            if not of_device:
+                raise ValueError(f"device: must be cpu or cuda, whose kernels read packed orders, not {self.device}")
+            order = of_device[0]
+        if order not in orders.ORDERS:
+            raise ValueError(f"order: must be one of {', '.join(orders.ORDERS)}, not {order!r}")
+        chosen = orders.ORDERS[order]
 
-        def panels(t: torch.Tensor) -> torch.Tensor:
-            padded = F.pad(t, (0, 0, 0, missing)).view((n + missing) // PANEL, PANEL, t.shape[1]).transpose(1, 2)
-            return _huge_pages.empty(padded.shape, t.dtype).copy_(padded)
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            return _huge_pages.empty(t.shape, t.dtype).copy_(t) if t.device.type == "cpu" else t.contiguous()
 
-        grids = [None if t is None else panels(t) for t in (self.scale, self.zero, self.offset)]
-        width = self.q.shape[1]
-        dwords = panels(F.pad(self.q, (0, -width % 4)).view(n, -(-width // 4), 4).view(torch.int32).squeeze(2))
-        q = dwords.unsqueeze(-1).view(self.q.dtype)
-        return _unflatten(PackedTensor, [q, *grids, self.g_idx], (n, self.in_features, self.group_size))
+        grids = [None if t is None else keep(chosen.pack_grid(t)) for t in (self.scale, self.zero, self.offset)]
+        q = keep(chosen.pack(self.q, self.in_features))
+        return _unflatten(PackedTensor, [q, *grids, self.g_idx], (self.out_features, self.in_features, self.group_size))
 
     def codes(self) -> torch.Tensor:
         """int8 [N, K]: 0..15 for 4-bit codes, else as stored."""
@@ -247,40 +255,36 @@ class PackedTensor(_Weight):
     g_idx: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.q.dtype not in (torch.uint8, torch.int8) or self.q.device.type != "cpu":
-            raise TypeError(f"q: must be uint8 or int8 on the CPU, not {self.q.dtype} on {self.q.device}")
+        if self.q.dtype not in (torch.uint8, torch.int8) or self.q.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"q: must be uint8 or int8 on the CPU or a GPU, not {self.q.dtype} on {self.q.device}")
         if self.out_features < 0:
             raise ValueError(f"out_features: must be at least 0, not {self.out_features}")
-        self._check((-(-self.out_features // PANEL), -(-self.in_features * self.bits // 32), PANEL, 4), PANEL)
+        self._check(self._order.shape(self.out_features, self.in_features, self.bits), self._order.rows)
+
+    @property
+    def _order(self) -> orders.Order:
+        return orders.of(self.q)
+
+    @property
+    def order(self) -> str:
+        """ "panels" or "fragments": the order's name in orders.py."""
+        return self._order.name
 
     def unpack(self) -> QuantizedTensor:
         """The canonical form, bit by bit what was packed."""
-        return self.rows(torch.arange(self.out_features))
+        return self.rows(torch.arange(self.out_features, device=self.device))
 
     def rows(self, index: torch.Tensor) -> QuantizedTensor:
         """The rows index int64 (R) as a weight [R, K]. Raises IndexError for one out of range."""
         index.new_zeros(1).expand(self.out_features).index_select(0, index)  # raises; indexing takes negative ones
-        panel, row = index // PANEL, index % PANEL
-        grids = [None if t is None else t[panel, :, row] for t in (self.scale, self.zero, self.offset)]
-        q = self.q[panel, :, row].flatten(1)[:, : self._row_bytes].contiguous()
+        order = self._order
+        grids = [None if t is None else order.unpack_grid(t, index) for t in (self.scale, self.zero, self.offset)]
+        q = order.unpack(self.q, self.in_features, index)
         return _unflatten(QuantizedTensor, [q, *grids, self.g_idx], (self.in_features, self.group_size))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """As of the canonical form."""
         return self.unpack().dequantize(dtype)
-
-
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15 [N, K] of any integer dtype -> uint8 [N, ceil(K/2)], the even column in the low nibble."""
-    codes = codes.to(torch.uint8)
-    if codes.shape[1] % 2:
-        codes = F.pad(codes, (0, 1))
-    return codes[:, 0::2] | codes[:, 1::2] << 4
-
-
-def unpack_int4(packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """uint8 [N, ceil(K/2)] -> int8 codes 0..15 [N, K]: the inverse of pack_int4."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :in_features].to(torch.int8)
 
 
 def quantize(weight: torch.Tensor, *, bits: int = 4, group_size: int = 128, symmetric: bool = True) -> QuantizedTensor:

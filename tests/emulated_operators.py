@@ -11,6 +11,7 @@ import sys
 
 import torch
 from paged_caches import paged, rounded, starts
+from quantized_weights import weight
 from test_emulator import LAYOUTS, case
 
 from pyarch._instruments import Guarded, same
@@ -93,9 +94,18 @@ def attentions(emulator: Emulator):
         yield f"{dtype}, int8 {int8}", (q, *caches, cu, sinks, *scales.values(), True, 10, -1, 2.0, 0.2)
 
 
+def matmuls(emulator: Emulator):
+    """Right ones are emulated_quant_matmul.py's."""
+    for m, options in ((3, {"kind": "zero"}), (18, {"bits": 8, "kind": "offset", "group_size": 64}), (1, {})):
+        w = weight(37, 100, **options).prepack("fragments")
+        x, bias = torch.randn(m, 100).half(), torch.randn(37)
+        yield f"{options}", (x, w.q, w.scale, w.zero, w.offset, None, bias, 37, w.group_size, 0, 2, 0.0)
+
+
 def main(path: str) -> None:
     emulator = Emulator(path)
-    for name, calls in (("kv_append", appends(emulator)), ("paged_attention", attentions(emulator))):
+    ops = {"kv_append": appends, "paged_attention": attentions, "quant_matmul": matmuls}
+    for name, calls in ((name, calls(emulator)) for name, calls in ops.items()):
         counts = torch.tensor([hostile(emulator, name, what, arguments) for what, arguments in calls]).sum(0)
         refused, ran = counts.tolist()
         print(f"{name}: {refused} hostile calls refused, {ran} ran within their arguments")

@@ -267,7 +267,7 @@ def operators(tmp_path_factory):
     return library
 
 
-@pytest.mark.parametrize("script", ["emulated_operators", "emulated_attention"])
+@pytest.mark.parametrize("script", ["emulated_operators", "emulated_attention", "emulated_quant_matmul"])
 def test_operators(operators, script):
     command = [sys.executable, ROOT / f"tests/{script}.py", operators]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -9,7 +9,7 @@ from quantized_weights import FORMATS, weight
 from torch.utils import _pytree
 
 import pyarch
-from pyarch import nn
+from pyarch import nn, orders
 from pyarch.quantized import TENSORS, PackedTensor, QuantizedTensor, quantize
 
 
@@ -23,14 +23,17 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (70, 300), (64, 577), (0, 64), (5, 0), (200, 33)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_prepack_and_unpack(bits, shape, dtype):
+@pytest.mark.parametrize("order", orders.ORDERS)
+def test_prepack_and_unpack(order, bits, shape, dtype):
     for symmetric in (True, False):
         w = quantize(torch.randn(shape).to(dtype), bits=bits, group_size=32, symmetric=symmetric)
         g_idx = (torch.randperm(w.in_features) % max(w.groups, 1)).int()
         offset = None if w.zero is not None else torch.randn(w.scale.shape).to(dtype)
         w = QuantizedTensor(w.q, w.scale, w.in_features, 32, w.zero, offset, g_idx)
-        packed = w.prepack()
+        packed = w.prepack(order)
         assert isinstance(packed, PackedTensor)
+        assert packed.order == order
+        PackedTensor(packed.q, packed.scale, *w.shape, 32, packed.zero, packed.offset, packed.g_idx)  # is a format
         assert (packed.shape, packed.bits, packed.groups) == (w.shape, w.bits, w.groups)
         assert same(packed.unpack(), w)
         assert torch.equal(packed.dequantize(), w.dequantize())
@@ -75,9 +78,42 @@ def test_packed_refused(changes, error, field):
         PackedTensor(**right | changes)
 
 
-def test_prepack_is_for_the_cpu():
+def test_fragments_by_hand():
+    """Registers of mma.m16n8k16's left operand, as csrc/cuda/quant_matmul_weights.h takes them out of 16 bytes."""
+    for bits in (4, 8):
+        w = weight(40, 150, bits=bits, kind="offset").prepack("fragments")
+        assert w.q.shape == (3, 3, 8 * bits, 16)
+        codes = w.unpack().codes()
+        for lane in range(32):
+            for j in range(4):
+                words = w.q[1, 2, lane if bits == 4 else j // 2 * 32 + lane].view(torch.int32).tolist()
+                for i in range(4):
+                    row, column = 16 + lane // 4 + i % 2 * 8, 128 + j * 16 + lane % 4 * 2 + i // 2 * 8
+                    if bits == 4:
+                        pair = [words[j] >> 4 * i & 15, words[j] >> 4 * (i + 4) & 15]
+                    else:
+                        word = words[j % 2 * 2 + i // 2]
+                        pair = [(word >> 8 * (i % 2 + h) & 255 ^ 128) - 128 for h in (0, 2)]
+                    inside = [codes[row, c] if c < 150 else 0 for c in (column, column + 1)]
+                    assert pair == inside
+        assert w.offset[2, 1, 7] == w.unpack().offset[39, 1]
+
+
+def test_prepack_is_for_cpus_and_gpus():
+    w = quantize(torch.randn(4, 64))
     with pytest.raises(ValueError, match="device: "):
-        quantize(torch.randn(4, 64)).to("meta").prepack()
+        w.to("meta").prepack()
+    with pytest.raises(ValueError, match="order: "):
+        w.prepack("fragment")
+
+
+def test_fragments_are_not_for_the_cpu():
+    w, x = weight(20, 64).prepack("fragments"), torch.randn(3, 64)
+    with pytest.raises(ValueError, match="order canonical or panels, not fragments"):
+        pyarch.quant_matmul(x, w, backend="cpu")
+    assert torch.equal(pyarch.quant_matmul(x, w), pyarch.quant_matmul(x, w.unpack(), backend="reference"))
+    with pytest.raises((ValueError, RuntimeError), match="q: "):
+        torch.ops.pyarch.quant_matmul__cpu(x, w.q, w.scale, None, None, None, None, 20, 32, 0, 0, 0.0)
 
 
 @pytest.mark.forward

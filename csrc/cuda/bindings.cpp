@@ -2,6 +2,7 @@
 // the tensors' GPU. Compiled by g++ against torch's stable ABI; the kernels know nothing of torch.
 #include "on_device.h"
 #include "paged_kv.h"
+#include "quant_matmul.h"
 
 namespace pyarch {
 namespace {
@@ -170,11 +171,85 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
   return {out, lse};
 }
 
+// The code of an element type in csrc/cuda/quant_matmul.h.
+int64_t element_type(const Tensor& t, const char* argument, bool may_be_integer) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Int,
+                                   ScalarType::Short, ScalarType::Char,     ScalarType::Byte};
+  for (int64_t i = 0; i < (may_be_integer ? 7 : 3); ++i)
+    if (t.scalar_type() == kTypes[i]) return i;
+  fail(argument, ": dtype is not one of the format's");
+}
+
+Tensor quant_matmul(Tensor x, Tensor q, Tensor scale, std::optional<Tensor> zero,
+                    std::optional<Tensor> offset, std::optional<Tensor> g_idx, std::optional<Tensor> bias,
+                    int64_t out_features, int64_t group_size, int64_t act_bits, int64_t activation,
+                    double slope) {
+  PYARCH_CHECK(x.dim() == 2, "x: must be [M, K]");
+  QuantMatmul c{};
+  c.x_type = element_type(x, "x", false);
+  PYARCH_CHECK(c.x_type != 0, "x: dtype must be bfloat16 or float16");
+  c.m = x.size(0), c.k = x.size(1), c.n = out_features, c.group_size = group_size;
+  c.x_row = x.stride(0), c.x_column = x.stride(1);
+  constexpr int64_t most = int64_t{1} << 30;
+  PYARCH_CHECK(c.n >= 0 && c.n < most, "out_features: must be at least 0 and less than 2^30");
+  PYARCH_CHECK(c.m < most && c.k < int64_t{1} << 24, "x: more than 2^30 rows or 2^24 columns");
+  const bool nibbles = q.scalar_type() == ScalarType::Byte;
+  PYARCH_CHECK(nibbles || q.scalar_type() == ScalarType::Char, "q: dtype must be uint8 or int8");
+  c.bits = nibbles ? 4 : 8;
+  const int64_t tiles = (c.n + 15) / 16, steps = (c.k + 63) / 64;
+  const auto pieces = [&](const Tensor& t) {  // on x's GPU, in whole 16 bytes
+    return same_gpu(t, x) && t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  };
+  PYARCH_CHECK(q.dim() == 4 && q.size(0) == tiles && q.size(1) == steps && q.size(2) == 8 * c.bits &&
+                   q.size(3) == 16 && pieces(q),
+               "q: must be packed as fragments that fit out_features and x's columns, contiguous, aligned to "
+               "16 bytes, on x's GPU");
+  PYARCH_CHECK(group_size == -1 || (group_size > 0 && group_size % 32 == 0),
+               "group_size: must be -1 or a multiple of 32");
+  c.groups = group_size == -1 ? 1 : c.k / group_size + (c.k % group_size != 0);
+  const auto grid = [&](const Tensor& t) {
+    return t.dim() == 3 && t.size(0) == tiles && t.size(1) == c.groups && t.size(2) == 16 && pieces(t);
+  };
+  PYARCH_CHECK(grid(scale), "scale: must be packed as fragments [tiles, groups, 16] on x's GPU");
+  c.scale_type = element_type(scale, "scale", false);
+  PYARCH_CHECK(!(zero && offset), "offset: must be None when zero is given");
+  if (zero || offset) {
+    const Tensor& shift = zero ? *zero : *offset;
+    const char* name = zero ? "zero" : "offset";
+    PYARCH_CHECK(grid(shift), name, ": must be packed as fragments [tiles, groups, 16] on x's GPU");
+    c.shift = shift.data_ptr(), c.shift_type = element_type(shift, name, zero.has_value());
+    c.shift_is_zero = zero.has_value();
+  }
+  PYARCH_CHECK(!g_idx, "g_idx: must be None on the cuda backend");
+  PYARCH_CHECK(act_bits == 0, "act_bits: must be 0 on the cuda backend");
+  if (bias) {
+    c.bias = bias->data_ptr(), c.bias_type = element_type(*bias, "bias", false);
+    PYARCH_CHECK((c.bias_type == 0 || c.bias_type == c.x_type) && bias->dim() == 1 && bias->size(0) == c.n &&
+                     bias->is_contiguous() && same_gpu(*bias, x),
+                 "bias: must be contiguous [N] of float32 or x's dtype on x's GPU");
+  }
+  PYARCH_CHECK(activation >= 0 && activation <= 5, "activation: unknown code ", activation);
+  c.activation = activation, c.slope = static_cast<float>(slope);
+  c.x = x.data_ptr(), c.q = q.data_ptr(), c.scale = scale.data_ptr();
+  pyarch_quant_matmul_plan(&c);
+  PYARCH_CHECK(c.plan.blocks < int64_t{1} << 31, "x, out_features: more than 2^31 tiles");
+
+  const OnDeviceOf on(x);
+  Tensor y = empty_beside(x, {c.m, c.n}, x.scalar_type());
+  c.y = y.data_ptr();
+  const Tensor arrived = empty_beside(x, {c.plan.splits > 1 ? c.plan.blocks : 0}, ScalarType::Int);
+  const Tensor partial = empty_beside(x, {c.plan.partial_floats}, ScalarType::Float);
+  c.arrived = arrived.data_ptr(), c.partial = static_cast<float*>(partial.data_ptr());
+  check_queued("quant_matmul", pyarch_quant_matmul(&c, on.stream));
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyarch, PYARCH_CUDA_KEY, m) {
   m.impl("kv_append__cuda", TORCH_BOX(&kv_append));
   m.impl("paged_attention__cuda", TORCH_BOX(&paged_attention));
+  m.impl("quant_matmul__cuda", TORCH_BOX(&quant_matmul));
 }
 
 }  // namespace pyarch

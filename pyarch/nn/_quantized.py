@@ -11,9 +11,9 @@ from ._watched import Watched
 class QuantizedModule(Watched):
     """Holds a QuantizedTensor as buffers: they move between devices and are saved, and no `.to(dtype)` casts them.
 
-    After `prepack()`, or made from a PackedTensor, it holds the packed form instead, which CPU kernels read faster.
-    That is for inference: `train()`, `load_state_dict` and a move to another device bring the canonical form back, and
-    state_dict, pickles and copies always have it.
+    After `prepack()`, or made from a PackedTensor, it holds the packed form instead, which its device's kernels read
+    faster. That is for inference: `train()`, `load_state_dict` and a move to another device bring the canonical form
+    back, and state_dict, pickles and copies always have it.
     """
 
     def __init__(self, weight: QuantizedTensor | PackedTensor) -> None:
@@ -54,7 +54,10 @@ class QuantizedModule(Watched):
         return PackedTensor(q, scale, self.out_features, *sizes, zero, offset, g_idx)
 
     def prepack(self) -> None:
-        """Holds the weight in the order of CPU kernels. Raises ValueError in training mode or off the CPU."""
+        """Holds the weight in the order of its device's kernels (QuantizedTensor.prepack).
+
+        Raises ValueError in training mode, and for a weight that is neither on a CPU nor on a GPU.
+        """
         weight = self.weight
         if self.training:
             raise ValueError("prepack: is for inference, call eval() first")
@@ -74,7 +77,8 @@ class QuantizedModule(Watched):
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        if fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device.type != "cpu":
+        device = self.weight.device
+        if fn(torch.empty(0, dtype=torch.uint8, device=device)).device.type != device.type:
             self._unpack()
         # As bytes, which move but are never cast: scales keep the dtype of their source.
         kept = {name: self._buffers.pop(name) for name in TENSORS}

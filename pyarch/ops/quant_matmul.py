@@ -2,7 +2,8 @@
 
     x         (..., K)  float32, bfloat16 or float16; float64 on the reference only
     weight    QuantizedTensor [N, K], any group size; scale and zero or offset in their own dtypes. A PackedTensor
-              (weight.prepack()) gives the same bits faster on the cpu backend: 1.1 to 1.4 times for one row
+              (weight.prepack()) gives the same bits faster on the cpu backend: 1.1 to 1.4 times for one row; the cuda
+              backend takes packed weights alone, and triton canonical ones
     bias      (N)       x's dtype or float32, or None
     returns   (..., N)  x's dtype
 
@@ -14,9 +15,11 @@ never chosen for you; int8 products are summed exactly in int32 within a group (
 g_idx or do not fill whole 32-bit words).
 
 x is read in place if its rows are evenly apart; else it is copied first, and so are weights and bias that are not
-contiguous (pyarch.copies).
+contiguous (pyarch.copies). cuda reads 16 bytes at a time where x's rows begin at multiples of 16 bytes (K a multiple of
+8), else element by element, which is slower.
 
-On the CPU a row of y is bitwise the same for any M and any number of threads (per CPU library).
+A row of y is bitwise the same for any M: on the CPU for any number of threads too (per CPU library), in cuda per GPU
+architecture. Where a group has a zero or an offset, an infinity in x may come out as NaN on a GPU.
 Gradients: for x and bias, through the dequantised weight, and through act_bits=8 as if it did not round (straight
 through); the codes have none.
 Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023, for the formats.
@@ -114,8 +117,9 @@ def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_
         "bits": weight.bits,
         "group_size": weight.group_size,
         "g_idx": weight.g_idx is not None,
-        "packed": isinstance(weight, PackedTensor),
+        "order": weight.order,
         "act_bits": act_bits,
+        "epilogue_gradient": (bias is not None or activation is not None) and _args.needs_grad(x, bias),
     }
 
 
@@ -148,20 +152,33 @@ def _fake(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_
     return x.new_empty((x.shape[0], out_features))
 
 
-def _not_in_triton(facts: Facts) -> str | None:
+def _group_refused(facts: Facts) -> str | None:
     if facts["group_size"] != -1 and (facts["group_size"] < 32 or facts["group_size"] % 32):
         return f"takes group_size -1 or a multiple of 32, not {facts['group_size']}"
     return None
 
 
+def _not_in_cuda(facts: Facts) -> str | None:
+    if facts["order"] != "fragments":
+        return f"takes weights packed as fragments (weight.prepack() on the GPU), not {facts['order']} ones"
+    return _group_refused(facts)
+
+
 LIMITS = {
-    "cpu": Limits("cpu"),
+    "cpu": Limits("cpu", allowed={"order": ("canonical", "panels")}),
+    "cuda": Limits(
+        "cuda",
+        dtypes=(torch.bfloat16, torch.float16),
+        allowed={"g_idx": (False,), "act_bits": (None,), "epilogue_gradient": (False,)},
+        capability=(8, 0),
+        unless=_not_in_cuda,
+    ),
     "triton": Limits(
         "cuda",
         dtypes=(torch.bfloat16, torch.float16),
-        allowed={"g_idx": (False,), "packed": (False,), "act_bits": (None,)},
+        allowed={"g_idx": (False,), "order": ("canonical",), "act_bits": (None,)},
         capability=(8, 0),
-        unless=_not_in_triton,
+        unless=_group_refused,
     ),
 }
 QUANT_MATMUL = Op("quant_matmul", LIMITS, check, "for x and bias, through the dequantised weight in PyTorch operations")
