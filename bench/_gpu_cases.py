@@ -191,7 +191,8 @@ def attention_feature(feature: str) -> Callable[[torch.device, bool], Entry]:
 def quantised(n: int, k: int, group: int, device: torch.device, bits: int = 4) -> QuantizedTensor:
     dtype, low, high = (torch.uint8, 0, 256) if bits == 4 else (torch.int8, -127, 128)
     q = torch.randint(low, high, (n, k * bits // 8), dtype=dtype, device=device)
-    return QuantizedTensor(q, torch.rand(n, k // group, device=device).to(torch.bfloat16) / 64, k, group)
+    groups = 1 if group == -1 else k // group
+    return QuantizedTensor(q, torch.rand(n, groups, device=device).to(torch.bfloat16) / 64, k, group)
 
 
 def int4_matmul(m: int, n: int, k: int, group: int) -> Callable[[torch.device, bool], Entry]:
@@ -204,12 +205,32 @@ def int4_matmul(m: int, n: int, k: int, group: int) -> Callable[[torch.device, b
         dense = [randn(rows, columns, device=device) for _ in range(copies_of(2 * rows * columns))]
         ours = "triton" if device.type == "cuda" else "auto"
         calls: dict[str, Call] = {f"pyarch {ours}": lambda i: pyarch.quant_matmul(x, weights[i], backend=ours)}
+        if device.type == "cuda" and m <= 64:
+            packed = [w.prepack() for w in weights]
+            calls["pyarch cuda"] = lambda i: pyarch.quant_matmul(x, packed[i], backend="cuda")
         for name, peer in INT4.items():
             # Made when first called, so that a library that is not here, or cannot, fails as that contender.
             of = functools.cache(lambda i, peer=peer: peer(weights[i]))
             calls[name] = lambda i, of=of: of(i)(x)
         calls["torch F.linear, bf16 weights"] = lambda i: F.linear(x, dense[i % len(dense)])
         return Entry(calls, copies, flops=2 * m * rows * columns, moved=moved)
+
+    return make
+
+
+def w8a8_matmul(m: int, n: int, k: int) -> Callable[[torch.device, bool], Entry]:
+    """int8 weights and activations that the call rounds itself, a scale for each row of both."""
+
+    def make(device: torch.device, small: bool) -> Entry:
+        rows, columns, batch = (32, 64, 8) if small else (n, k, m)
+        x, w = randn(batch, columns, device=device), quantised(rows, columns, -1, device, 8)
+        dense = randn(rows, columns, device=device)
+        ours = "triton" if device.type == "cuda" else "auto"
+        calls = {
+            f"pyarch {ours}": lambda _: pyarch.quant_matmul(x, w, act_bits=8, backend=ours),
+            "torch F.linear, bf16 weights": lambda _: F.linear(x, dense),
+        }
+        return Entry(calls, copies=1, flops=2 * batch * rows * columns)
 
     return make
 
@@ -240,33 +261,37 @@ def kv_append(tokens: int, heads: int, dim: int) -> Callable[[torch.device, bool
     return make
 
 
-def paged_decode(batch: int, length: int, heads: int, kv_heads: int) -> Callable[[torch.device, bool], Entry]:
-    """One row a sequence against bf16 pages of 16 in shuffled order; the peer reads contiguous keys and values."""
+def paged_decode(batch: int, length: int, heads: int, kv_heads: int, int8: bool = False) -> Callable:
+    """One row a sequence against pages of 16 in shuffled order: bf16, with contiguous keys and values as the peer's, or
+    int8 against our bf16."""
 
     def make(device: torch.device, small: bool) -> Entry:
         count, dim = (2, 64) if small else (batch, 128)
         pages = (40 if small else length) // 16  # a sequence
-        moved = 4.0 * count * pages * 16 * kv_heads * dim
-        copies = copies_of(moved)
+        elements = 2 * count * pages * 16 * kv_heads * dim
+        copies = copies_of(2 * elements)
         caches = [randn(2, count * pages, 16, kv_heads, dim, device=device) for _ in range(copies)]
         tables = [torch.randperm(count * pages, device=device).int().view(count, pages) for _ in range(copies)]
         lens = torch.full((count,), pages * 16, dtype=torch.int32, device=device)
         q = randn(count, heads, dim, device=device)
         ours = "cuda" if device.type == "cuda" else "auto"
+        attend = functools.partial(pyarch.paged_attention, backend=ours)
+        paged = lambda i: attend(q, *caches[i], tables[i], lens)
 
         def dense(i: int) -> torch.Tensor:
             k, v = caches[i].view(2, count, pages * 16, kv_heads, dim).transpose(2, 3)
             return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
 
-        return Entry(
-            {
-                f"pyarch {ours}": lambda i: pyarch.paged_attention(q, *caches[i], tables[i], lens, backend=ours),
-                "torch SDPA, contiguous": dense,
-            },
-            copies,
-            flops=4.0 * count * heads * pages * 16 * dim,
-            moved=moved,
-        )
+        flops = 4.0 * count * heads * pages * 16 * dim
+        if not int8:
+            return Entry({f"pyarch {ours}": paged, "torch SDPA, contiguous": dense}, copies, flops, 2.0 * elements)
+        codes = [torch.randint(-127, 128, cache.shape, dtype=torch.int8, device=device) for cache in caches]
+        scales = [torch.rand(cache.shape[:-1], device=device) / 64 for cache in caches]
+
+        def rounded(i: int) -> torch.Tensor:
+            return attend(q, *codes[i], tables[i], lens, k_scale=scales[i][0], v_scale=scales[i][1])
+
+        return Entry({f"pyarch {ours} int8": rounded, "our bf16": paged}, copies, flops, elements * (1 + 4 / dim))
 
     return make
 
@@ -301,7 +326,12 @@ def cases() -> Iterator[Case]:
         yield Case("bench", "quant_matmul int4 g128", f"M1 N{n} K{k}", int4_matmul(1, n, k, 128))
     for m in (1, 16, 256):
         yield Case("bench", "quant_matmul int4 g32", f"M{m} N4096 K4096", int4_matmul(m, 4096, 4096, 32))
+    for m, n, k in ((1024, 4096, 4096), (4096, 4096, 4096), (4096, 14336, 4096)):
+        yield Case("bench", "quant_matmul W8A8", f"M{m} N{n} K{k}", w8a8_matmul(m, n, k))
     for tokens, heads in ((1, 8), (64, 8), (8192, 8), (8192, 32)):
         yield Case("bench", "paged_kv append", f"T{tokens} H{heads} D128", kv_append(tokens, heads, 128))
     for shape in ((1, 4096, 32, 8), (16, 4096, 32, 8), (64, 2048, 32, 8), (1, 65536, 32, 8), (16, 2048, 32, 32)):
         yield Case("bench", "paged_kv decode", "B{} KV{} H{}/{} D128".format(*shape), paged_decode(*shape))
+        if shape != (1, 4096, 32, 8):
+            label = "B{} KV{} H{}/{} D128".format(*shape)
+            yield Case("bench", "paged_kv decode int8", label, paged_decode(*shape, int8=True))

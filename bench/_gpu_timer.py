@@ -63,9 +63,7 @@ def measure(entry: Entry, device: torch.device, rounds: int) -> dict[str, Any]:
     for name, call in entry.calls.items():
         try:
             timers[name] = Timer(call, entry.copies, device)
-        except Exception as error:
-            if name.startswith("pyarch"):
-                raise
+        except Exception as error:  # the other cases shall still be measured
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     samples: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)

@@ -212,6 +212,7 @@ def main() -> int:
             path = asked.out or RECORDS / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".jsonl")
             for r in run(part, asked.op, path, device, asked.dry_run, end):
                 print(line_of(r), flush=True)
+                status |= any(name.startswith("pyarch") for name in r.get("failed", ()))
     return status
 
 

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, gpu_table
+from bench import _gpu_timer, gpu, gpu_table
+from bench._gpu_cases import Entry
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +31,7 @@ def test_dry_run(part, tmp_path):
     works = {
         "peers": "ceiling, attention, conv2d, lstm",
         "bench": "flash_attention, flash_attention gradient, flash_attention feature, quant_matmul int4 g128,"
-        " quant_matmul int4 g32, paged_kv append, paged_kv decode",
+        " quant_matmul int4 g32, quant_matmul W8A8, paged_kv append, paged_kv decode, paged_kv decode int8",
     }
     assert {r["work"] for r in records} == set(works[part].split(", "))
     for r in records:
@@ -54,6 +56,18 @@ def test_makes_no_record_without_a_gpu():
     assert "no CUDA device" in script("--part", "peers").stderr
     assert "--out" in script("--part", "peers", "--dry-run").stderr
     assert not (ROOT / "bench/records/gpu").exists() or not list((ROOT / "bench/records/gpu").glob("*dry*"))
+
+
+def test_what_cannot_run_is_named():
+    def broken(_):
+        raise ValueError("backend: no\nmore")
+
+    calls = {"pyarch": broken, "peer": lambda _: time.sleep(1e-4), "other": lambda _: time.sleep(1e-3)}
+    found = _gpu_timer.measure(Entry(calls, copies=1, flops=1e9), torch.device("cpu"), rounds=2)
+    assert found["failed"] == {"pyarch": "ValueError: backend: no"}
+    assert found["us"].keys() == {"peer", "other"}
+    assert "ratio" not in found
+    assert found["tflops"] == pytest.approx(1e-3 / (found["us"]["peer"]["median"] * 1e-6), rel=1e-6)
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (5, 0), (1, 1), (9, 1)])
