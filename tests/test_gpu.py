@@ -16,6 +16,12 @@ def quant_matmul():
     return x, lambda: pyarch.quant_matmul(x, w, activation="silu", backend="triton")
 
 
+def quant_matmul_packed():
+    w = pyarch.quantize(torch.randn(256, 4096), symmetric=False).to("cuda").prepack()
+    x = torch.randn(40, 4096, device="cuda", dtype=torch.bfloat16)  # several blocks share a tile's columns
+    return x, lambda: pyarch.quant_matmul(x, w, activation="silu", backend="cuda")
+
+
 def paged_kv_append():
     k, v = torch.randn(2, 6, 2, 64, device="cuda", dtype=torch.bfloat16)
     caches = [torch.zeros(4, 8, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -36,6 +42,20 @@ def paged_kv_attention():
     return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
 
 
+def paged_kv_int8():
+    k, v = torch.randn(2, 48, 2, 64, device="cuda", dtype=torch.bfloat16)
+    caches = torch.zeros(2, 3, 16, 2, 64, device="cuda", dtype=torch.int8)
+    scales = dict(zip(("k_scale", "v_scale"), torch.zeros(2, 3, 16, 2, device="cuda"), strict=True))
+    slots, table = torch.arange(48, device="cuda"), torch.tensor([[2, 0, 1]], device="cuda", dtype=torch.int32)
+    lens, q = torch.tensor([41], device="cuda", dtype=torch.int32), k[:1].repeat(1, 4, 1)
+
+    def call():
+        pyarch.kv_append(k, v, *caches, slots, **scales, backend="cuda")
+        return pyarch.paged_attention(q, *caches, table, lens, **scales, backend="cuda")
+
+    return k, call
+
+
 def flash_attention():
     q, k, v = (torch.randn(1, heads, 200, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu = torch.tensor([0, 130, 130, 200], device="cuda", dtype=torch.int32)
@@ -43,7 +63,23 @@ def flash_attention():
     return q, lambda: pyarch.flash_attention(q, k, v, causal=True, **packed, backend="triton")
 
 
-CALLS = pytest.mark.parametrize("make", [quant_matmul, paged_kv_append, paged_kv_attention, flash_attention])
+def flash_attention_gradient():
+    q, k, v = (torch.randn(1, heads, 200, 64, device="cuda").requires_grad_() for heads in (4, 2, 2))
+    with torch.no_grad():
+        source = torch.randn_like(q)
+
+    def call():
+        out = pyarch.flash_attention(q, k, v, causal=True, backend="triton")
+        return torch.cat([g.flatten() for g in torch.autograd.grad(out, (q, k, v), source)])
+
+    return source, call
+
+
+MAKERS = (
+    quant_matmul, quant_matmul_packed, paged_kv_append, paged_kv_attention, paged_kv_int8, flash_attention,
+    flash_attention_gradient,
+)  # fmt: skip
+CALLS = pytest.mark.parametrize("make", MAKERS)
 
 
 @CALLS
