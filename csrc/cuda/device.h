@@ -106,9 +106,14 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
                    Arguments... arguments) {
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)
+  if (shared_bytes > 48 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // it is not the next call's
+      return "a block of this kernel needs more shared memory than this GPU has";
+    }
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
