@@ -81,63 +81,102 @@ void check_slots(const int64_t* slots, int64_t tokens, int64_t limit) {
   }
 }
 
-void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
-               std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
-  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
-  const PagedCache kc = paged_cache(k_cache, "k_cache"), vc = paged_cache(v_cache, "v_cache");
-  check_same_shape(kc, vc, k_cache, v_cache);
-  const int64_t tokens = slot_mapping.dim() == 1 ? slot_mapping.size(0) : -1;
-  PYARCH_CHECK(tokens >= 0 && slot_mapping.scalar_type() == ScalarType::Long,
-               "slot_mapping: must be int64 (T)");
-  PYARCH_CHECK(tokens <= 1 || slot_mapping.stride(0) == 1, "slot_mapping: must be contiguous");
-  PYARCH_CHECK(!touches(kc, slot_mapping) && !touches(vc, slot_mapping),
-               "slot_mapping: must not share memory with the caches");
-  for (const auto& [x, name] : {std::pair{&k, "k"}, {&v, "v"}}) {
-    PYARCH_CHECK(x->dim() == 3 && x->size(0) == tokens && x->size(1) == kc.heads && x->size(2) == kc.dim,
-                 name, ": must be (T, heads, head_dim) as slot_mapping and k_cache say");
-    PYARCH_CHECK(x->scalar_type() == k_cache.scalar_type(), name, ": must have k_cache's dtype");
-    PYARCH_CHECK(kc.dim == 1 || tokens == 0 || x->stride(2) == 1, name,
-                 ": the last dimension must be contiguous");
-    PYARCH_CHECK(!touches(kc, *x) && !touches(vc, *x), name, ": must not share memory with the caches");
-  }
-  const int64_t* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
-  check_append(kc, vc, slots, tokens);
-
-  const char *pk = static_cast<const char*>(k.data_ptr()), *pv = static_cast<const char*>(v.data_ptr());
-  const int64_t k_row = k.stride(0) * kc.item, v_row = v.stride(0) * kc.item;
-  const int64_t k_head = k.stride(1), v_head = v.stride(1);
-  const int64_t block = std::max<int64_t>(1, kTaskBytes / (2 * kc.heads * kc.dim * kc.item));
-  parallel_tasks((tokens + block - 1) / block, [&](int64_t task) {
-    for (int64_t t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
-      if (slots[t] < 0) continue;
-      write_slot(kc, slots[t], pk + t * k_row, k_head);
-      write_slot(vc, slots[t], pv + t * v_row, v_head);
-    }
-  });
-}
-
-}  // namespace
-
-void check_append(const PagedCache& k, const PagedCache& v, const int64_t* slots, int64_t tokens) {
-  const std::vector<Dim> kd = dims(k), vd = dims(v);
-  PYARCH_CHECK(nested(kd), "k_cache: is written to, so no two of its elements may share memory");
-  PYARCH_CHECK(nested(vd), "v_cache: is written to, so no two of its elements may share memory");
-  if (ranges_meet(k.data, span(k) * k.item, v.data, span(v) * v.item)) {
-    const int64_t gap = v.data - k.data;
-    const bool alike = k.page_stride == v.page_stride && k.slot_stride == v.slot_stride &&
-                       k.head_stride == v.head_stride && gap % k.item == 0;  // interleaved in one buffer
-    PYARCH_CHECK(alike && !meet(kd, kd.size(), gap / k.item), "v_cache: must not share memory with k_cache");
-  }
-  check_slots(slots, tokens, k.slots());
-}
-
-bool touches(const PagedCache& cache, const Tensor& t) {
+bool reaches(const PagedCache& cache, const Tensor& t) {
   int64_t elements = 1;
   for (int64_t i = 0; i < t.dim(); ++i) elements += (t.size(i) - 1) * t.stride(i);
   for (int64_t i = 0; i < t.dim(); ++i)
     if (t.size(i) == 0) elements = 0;
   return ranges_meet(cache.data, span(cache) * cache.item, static_cast<const char*>(t.data_ptr()),
                      elements * static_cast<int64_t>(t.element_size()));
+}
+
+void kv_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
+               std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
+  const PagedCaches c = paged_caches(k_cache, v_cache, k_scale, v_scale);
+  const int64_t tokens = slot_mapping.dim() == 1 ? slot_mapping.size(0) : -1;
+  PYARCH_CHECK(tokens >= 0 && slot_mapping.scalar_type() == ScalarType::Long,
+               "slot_mapping: must be int64 (T)");
+  PYARCH_CHECK(tokens <= 1 || slot_mapping.stride(0) == 1, "slot_mapping: must be contiguous");
+  PYARCH_CHECK(!touches(c, slot_mapping), "slot_mapping: must not share memory with the caches");
+  for (const auto& [x, name] : {std::pair{&k, "k"}, {&v, "v"}}) {
+    PYARCH_CHECK(x->dim() == 3 && x->size(0) == tokens && x->size(1) == c.k.heads && x->size(2) == c.k.dim,
+                 name, ": must be (T, heads, head_dim) as slot_mapping and k_cache say");
+    PYARCH_CHECK(c.suits(x->scalar_type(), k_cache) && x->scalar_type() == k.scalar_type(), name,
+                 ": must have k_cache's dtype, or that of k beside int8 caches");
+    PYARCH_CHECK(c.k.dim == 1 || tokens == 0 || x->stride(2) == 1, name,
+                 ": the last dimension must be contiguous");
+    PYARCH_CHECK(!touches(c, *x), name, ": must not share memory with the caches");
+  }
+  const int64_t* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  check_append(c, slots, tokens);
+
+  const int64_t item = static_cast<int64_t>(k.element_size());
+  const int64_t block = std::max<int64_t>(1, kTaskBytes / (2 * c.k.heads * c.k.dim * item));
+  const auto each_token = [&](const auto& append) {
+    parallel_tasks((tokens + block - 1) / block, [&](int64_t task) {
+      for (int64_t t = task * block; t < std::min(tokens, (task + 1) * block); ++t)
+        if (slots[t] >= 0) append(t, slots[t]);
+    });
+  };
+  const int64_t k_row = k.stride(0), v_row = v.stride(0), k_head = k.stride(1), v_head = v.stride(1);
+  if (!c.int8) {
+    const char *pk = static_cast<const char*>(k.data_ptr()), *pv = static_cast<const char*>(v.data_ptr());
+    each_token([&](int64_t t, int64_t slot) {
+      write_slot(c.k, slot, pk + t * k_row * item, k_head);
+      write_slot(c.v, slot, pv + t * v_row * item, v_head);
+    });
+    return;
+  }
+  with_float_type(k.scalar_type(), "k", [&](auto tag) {
+    using T = decltype(tag);
+    const T *pk = static_cast<const T*>(k.data_ptr()), *pv = static_cast<const T*>(v.data_ptr());
+    each_token([&](int64_t t, int64_t slot) {
+      round_slot(c.k, c.k_scale, slot, pk + t * k_row, k_head);
+      round_slot(c.v, c.v_scale, slot, pv + t * v_row, v_head);
+    });
+  });
+}
+
+struct Written {
+  const PagedCache* cache;
+  const char* name;
+};
+
+std::array<Written, 4> written(const PagedCaches& c) {  // two of them null where there are no scales
+  return {{{&c.k, "k_cache"},
+           {&c.v, "v_cache"},
+           {c.int8 ? &c.k_scale : nullptr, "k_scale"},
+           {c.int8 ? &c.v_scale : nullptr, "v_scale"}}};
+}
+
+void check_apart(const Written& one, const Written& other) {
+  const PagedCache &a = *one.cache, &b = *other.cache;
+  if (!ranges_meet(a.data, span(a) * a.item, b.data, span(b) * b.item)) return;
+  const int64_t gap = b.data - a.data;
+  const bool alike = a.item == b.item && a.page_stride == b.page_stride && a.slot_stride == b.slot_stride &&
+                     a.head_stride == b.head_stride && gap % a.item == 0;  // interleaved in one buffer
+  const std::vector<Dim> d = dims(a);
+  PYARCH_CHECK(alike && !meet(d, d.size(), gap / a.item), other.name, ": must not share memory with ",
+               one.name);
+}
+
+}  // namespace
+
+void check_append(const PagedCaches& caches, const int64_t* slots, int64_t tokens) {
+  const std::array<Written, 4> all = written(caches);
+  const size_t count = caches.int8 ? 4 : 2;
+  for (size_t i = 0; i < count; ++i) {
+    PYARCH_CHECK(nested(dims(*all[i].cache)), all[i].name,
+                 ": is written to, so no two of its elements may share memory");
+    for (size_t j = 0; j < i; ++j) check_apart(all[j], all[i]);
+  }
+  check_slots(slots, tokens, caches.k.slots());
+}
+
+bool touches(const PagedCaches& caches, const Tensor& t) {
+  for (const Written& one : written(caches))
+    if (one.cache && reaches(*one.cache, t)) return true;
+  return false;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyarch, CPU, m) { m.impl("kv_append__cpu", TORCH_BOX(&kv_append)); }

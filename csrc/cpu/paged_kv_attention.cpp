@@ -15,7 +15,7 @@ constexpr int64_t kPassingBytes = 4 << 20;   // more than this is gone from the 
 constexpr int64_t kSerialFloats = 32 << 10;  // fewer partial results than these are combined by one thread
 
 // out and lse of one row and query head from its splits.
-template <class T>
+template <class T, class C>
 void combine(const PagedAttention& a, const PagedSequence& s, float* parts, int64_t splits, int64_t row,
              int64_t head) {
   const int64_t dim = a.k.dim, vectors = s.rows * a.q_heads;
@@ -42,7 +42,8 @@ void combine(const PagedAttention& a, const PagedSequence& s, float* parts, int6
     return sum * set1(inverse);
   };
   int64_t d = 0;
-  for (; d + 2 * W <= dim; d += 2 * W) store_pair(out + d, total(d, W), total(d + W, W));
+  if constexpr (!few::kScaled<C>)  // whose accumulators lie in the order of load_pair<T>
+    for (; d + 2 * W <= dim; d += 2 * W) store_pair(out + d, total(d, W), total(d + W, W));
   for (; d < dim; d += W) {
     const int n = static_cast<int>(std::min<int64_t>(W, dim - d));
     store(out + d, total(d, n), n);
@@ -55,12 +56,12 @@ struct Work {
   int64_t first_split, splits, parts;  // parts: offset of its partial results, in floats
 };
 
-template <class T>
+template <class T, class C>
 void attend_round(const PagedAttention& a, const std::vector<Work>& round, int64_t floats, int64_t all_splits,
                   int64_t positions) {
   struct Parts;
   float* parts = scratch<Parts, float>(floats);
-  const int64_t bytes = 2 * positions * a.k.heads * a.k.dim * sizeof(T);
+  const int64_t bytes = 2 * positions * a.k.heads * a.k.dim * sizeof(C);
   const int64_t threads = bytes < kSerialBytes ? 1 : thread_count();
   // Heads of a split are read together, as they lie in memory, unless there are too few splits to share out.
   const int64_t ranges =
@@ -72,7 +73,7 @@ void attend_round(const PagedAttention& a, const std::vector<Work>& round, int64
     const Work& w = round[i];
     const int64_t split = (t - first_task[i]) / ranges, range = (t - first_task[i]) % ranges;
     const int64_t vectors = w.sequence->rows * a.q_heads;
-    few::split_task<T>(
+    few::split_task<T, C>(
         a, *w.sequence, w.first_split + split, a.k.heads * range / ranges, a.k.heads * (range + 1) / ranges,
         bytes > kPassingBytes,
         few::Partial(parts + w.parts + split * few::partial_floats(vectors, a.k.dim), vectors, a.k.dim));
@@ -86,7 +87,7 @@ void attend_round(const PagedAttention& a, const std::vector<Work>& round, int64
   const auto finish = [&](int64_t head) {
     for (const Work& w : round)
       for (int64_t row = 0; row < w.sequence->rows; ++row)
-        combine<T>(a, *w.sequence, parts + w.parts, w.splits, row, head);
+        combine<T, C>(a, *w.sequence, parts + w.parts, w.splits, row, head);
   };
   if (floats < kSerialFloats) {
     for (int64_t head = 0; head < a.q_heads; ++head) finish(head);
@@ -97,7 +98,7 @@ void attend_round(const PagedAttention& a, const std::vector<Work>& round, int64
 
 }  // namespace
 
-template <class T>
+template <class T, class C>
 void attend_few(const PagedAttention& a, const std::vector<PagedSequence>& sequences) {
   std::vector<Work> round;
   int64_t floats = 0, splits = 0, positions = 0;
@@ -106,7 +107,7 @@ void attend_few(const PagedAttention& a, const std::vector<PagedSequence>& seque
     const int64_t count = s.low < s.high ? (s.high - 1) / few::kSplit + 1 - first : 0;
     const int64_t need = count * few::partial_floats(s.rows * a.q_heads, a.k.dim);
     if (!round.empty() && floats + need > kRoundFloats) {
-      attend_round<T>(a, round, floats, splits, positions);
+      attend_round<T, C>(a, round, floats, splits, positions);
       round.clear();
       floats = splits = positions = 0;
     }
@@ -115,12 +116,15 @@ void attend_few(const PagedAttention& a, const std::vector<PagedSequence>& seque
     splits += count;
     positions += s.high - s.low;
   }
-  if (!round.empty()) attend_round<T>(a, round, floats, std::max<int64_t>(1, splits), positions);
+  if (!round.empty()) attend_round<T, C>(a, round, floats, std::max<int64_t>(1, splits), positions);
 }
 
-template void attend_few<float>(const PagedAttention&, const std::vector<PagedSequence>&);
-template void attend_few<bf16>(const PagedAttention&, const std::vector<PagedSequence>&);
-template void attend_few<fp16>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<float, float>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<bf16, bf16>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<fp16, fp16>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<float, int8_t>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<bf16, int8_t>(const PagedAttention&, const std::vector<PagedSequence>&);
+template void attend_few<fp16, int8_t>(const PagedAttention&, const std::vector<PagedSequence>&);
 
 namespace {
 
@@ -170,14 +174,13 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
                                            std::optional<Tensor> sinks, std::optional<Tensor> k_scale,
                                            std::optional<Tensor> v_scale, bool causal, int64_t window_left,
                                            int64_t window_right, double softcap, double scale) {
-  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
   PagedAttention a{};
-  a.k = paged_cache(k_cache, "k_cache");
-  a.v = paged_cache(v_cache, "v_cache");
-  check_same_shape(a.k, a.v, k_cache, v_cache);
-  PYARCH_CHECK(q.dim() == 3 && q.size(2) == a.k.dim && q.size(1) > 0 && q.size(1) % a.k.heads == 0 &&
-                   q.scalar_type() == k_cache.scalar_type(),
-               "q: must be (rows, a multiple of k_cache's heads, head_dim) of k_cache's dtype");
+  const PagedCaches caches = paged_caches(k_cache, v_cache, k_scale, v_scale);
+  a.k = caches.k, a.v = caches.v, a.k_scale = caches.k_scale, a.v_scale = caches.v_scale;
+  PYARCH_CHECK(
+      q.dim() == 3 && q.size(2) == a.k.dim && q.size(1) > 0 && q.size(1) % a.k.heads == 0 &&
+          caches.suits(q.scalar_type(), k_cache),
+      "q: must be (rows, a multiple of k_cache's heads, head_dim) of k_cache's dtype if that is floating");
   PYARCH_CHECK(a.k.dim == 1 || q.size(0) == 0 || q.stride(2) == 1,
                "q: the last dimension must be contiguous");
   PYARCH_CHECK(block_table.dim() == 2 && block_table.scalar_type() == ScalarType::Int,
@@ -224,8 +227,12 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
   a.lse = static_cast<float*>(lse.data_ptr());
   with_float_type(q.scalar_type(), "q", [&](auto tag) {
     using T = decltype(tag);
-    for (const PagedSequence& s : prompts) attend_prompt<T>(a, s);
-    attend_few<T>(a, few);
+    const auto attend = [&](auto cached) {
+      using C = decltype(cached);
+      for (const PagedSequence& s : prompts) attend_prompt<T, C>(a, s);
+      attend_few<T, C>(a, few);
+    };
+    caches.int8 ? attend(int8_t{}) : attend(T{});
   });
   return {out, lse};
 }

@@ -31,10 +31,10 @@ struct PagedSequence {
 };
 
 struct PagedAttention {
-  const char* q;          // (total_q, q_heads, dim)
-  int64_t q_row, q_head;  // its strides, in elements
-  PagedCache k, v;
-  int64_t q_heads, group;  // group: query heads of one KV head
+  const char* q;                      // (total_q, q_heads, dim)
+  int64_t q_row, q_head;              // its strides, in elements
+  PagedCache k, v, k_scale, v_scale;  // the scales of int8 caches alone
+  int64_t q_heads, group;             // group: query heads of one KV head
   int64_t table_stride;
   int64_t left, right;   // how far a row sees; right is 0 for causal
   float scale, softcap;  // softcap 0: none
@@ -54,12 +54,12 @@ struct PagedAttention {
 };
 
 // Sequences with few rows: each KV range of kSplit positions is a task of its own, for all heads that share
-// it.
-template <class T>
+// it. T: of q and out; C: of the caches, T or int8_t.
+template <class T, class C>
 void attend_few(const PagedAttention& a, const std::vector<PagedSequence>& sequences);
 
 // One sequence with many rows: its pages are gathered once, and flash attention's tiles do the rest.
-template <class T>
+template <class T, class C>
 void attend_prompt(const PagedAttention& a, const PagedSequence& sequence);
 
 }  // namespace pyarch

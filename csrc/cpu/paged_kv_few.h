@@ -7,11 +7,15 @@
 //              scores[position][lane]
 //     softmax  of this split alone, lanes side by side: maximum m, sum l, probabilities
 //     V pass   a few positions at a time, head by head: acc[lane][dim] += p * v
+//     int8     codes are multiplied as they are; in the softmax a position's scale of K goes into its score,
+//              that of V into its probability
 //   combine, lane by lane, splits in their order: out = sum(2^(m_i - m) acc_i) / sum(2^(m_i - m) l_i)
 //
 // Splits lie at multiples of kSplit and a lane adds position after position, so what is added to what depends
 // on positions alone: not on the page size, the other sequences or the threads.
 #pragma once
+
+#include <type_traits>
 
 #include "paged_kv_attention.h"
 #include "paged_kv_vec.h"
@@ -21,6 +25,8 @@ namespace few {
 
 constexpr int64_t kSplit = 256;  // positions a task covers
 constexpr int64_t kMost = 16;    // positions between a prefetch and its use at most
+template <class C>
+constexpr bool kScaled = std::is_same_v<C, int8_t>;
 
 // The results of one split: acc, m and l of every lane of the sequence.
 struct Partial {
@@ -76,6 +82,8 @@ struct Range {
   int64_t ahead;               // positions between a prefetch and its use
   bool passing;                // the call reads more than a cache keeps until the next one
   int64_t block;  // positions of V that a head adds between a load and a store of its accumulators
+  const float *k_scale, *v_scale;  // of int8 caches: [position][scale_stride], a scale for each head
+  int64_t scale_stride;            // heads, and padded for whole vectors
 };
 
 // What is prefetched must still lie in L1 when its turn comes: a load that misses L1 waits behind all the
@@ -199,13 +207,40 @@ inline void add_group(const T* base, const int64_t* at, const float* p, int64_t 
   if (group == 1) add_lanes<T, 1>(base, at, p, stride, n, acc, dim, r);
 }
 
+// The scales of a range, from anywhere in memory to [position][head].
+inline void gather_scales(const PagedAttention& a, const PagedCache& scales, const PagedSequence& s,
+                          const Range& r, float* to) {
+  int64_t at[kSplit];
+  a.offsets(scales, s, r.start + r.low, r.start + r.high, at);
+  const float* from = reinterpret_cast<const float*>(scales.data) + r.head_begin * scales.head_stride;
+  const int64_t heads = r.head_end - r.head_begin;
+  to += r.low * r.scale_stride;
+  for (int64_t i = 0; i < r.high - r.low; ++i, to += r.scale_stride)
+    for (int64_t h = 0; h < heads; ++h) to[h] = from[at[i] + h * scales.head_stride];
+}
+inline void prefetch_scales(const PagedAttention& a, const PagedCache& scales, const PagedSequence& s,
+                            const Range& r) {
+  int64_t at[kSplit];
+  a.offsets(scales, s, r.start + r.low, r.start + r.high, at);
+  const float* from = reinterpret_cast<const float*>(scales.data) + r.head_begin * scales.head_stride;
+  for (int64_t i = 0; i < r.high - r.low; ++i) __builtin_prefetch(from + at[i]);
+}
+
 // Probabilities in place of scores, and m and l of each lane.
+template <class C>
 inline void softmax(const PagedAttention& a, const PagedSequence& s, const Range& r, float* scores,
                     float* m_to, float* l_to) {
   for (int64_t lane = 0; lane < r.lanes; lane += W) {
     F m = set1(kMinusInf), l = zero();
+    const int64_t per_head = s.rows * a.group, head = lane / per_head;
+    int32_t head_of[W];  // of each lane, from `head` on
+    for (int64_t j = 0; j < W; ++j) head_of[j] = static_cast<int32_t>((lane + j) / per_head - head);
+    const auto scaled = [&](F x, const float* scales, int64_t i) {
+      if constexpr (kScaled<C>) return x * permute(load(scales + i * r.scale_stride + head), head_of);
+      return x;
+    };
     for (int64_t i = r.low; i < r.high; ++i) {
-      const F x = to_logit(load(scores + i * r.stride + lane), a.scale, a.softcap);
+      const F x = to_logit(scaled(load(scores + i * r.stride + lane), r.k_scale, i), a.scale, a.softcap);
       store(scores + i * r.stride + lane, x);
       m = max(m, x);
     }
@@ -232,17 +267,17 @@ inline void softmax(const PagedAttention& a, const PagedSequence& s, const Range
     const F base = load(shift);
     for (int64_t i = r.low; i < r.high; ++i) {
       const F p = exp2(load(scores + i * r.stride + lane) - base);
-      store(scores + i * r.stride + lane, p);
+      store(scores + i * r.stride + lane, scaled(p, r.v_scale, i));
       l = l + p;
     }
     store(l_to + lane, l, n);
   }
 }
 
-template <class T>
+template <class T, class C>
 void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, int64_t head_begin,
                 int64_t head_end, bool passing, const Partial& partial) {
-  using Q = typename Dot<T>::Q;
+  using Q = typename Dot<C>::Q;
   const int64_t dim = a.k.dim, per_head = s.rows * a.group;
   Range r{};
   r.head_begin = head_begin, r.head_end = head_end, r.passing = passing;
@@ -251,10 +286,10 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
   r.high = std::min(s.high, r.start + kSplit) - r.start;
   r.lanes = (head_end - head_begin) * per_head;
   r.stride = (r.lanes + 2 * W - 1) / W * W;
-  set_pace<T>(a, r);
+  set_pace<C>(a, r);
   int64_t k_at[kSplit + kMost], v_at[kSplit + kMost];  // with what a prefetch past the end looks at
   a.offsets(a.k, s, r.start + r.low, r.start + r.high, k_at + r.low);
-  prefetch_rows<T>(a.k, r, k_at, r.ahead);
+  prefetch_rows<C>(a.k, r, k_at, r.ahead);
   a.offsets(a.v, s, r.start + r.low, r.start + r.high, v_at + r.low);
   for (int64_t i = 0; i < r.ahead; ++i)
     k_at[r.high + i] = k_at[r.high - 1], v_at[r.high + i] = v_at[r.high - 1];
@@ -271,25 +306,34 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
         copy_row(reinterpret_cast<const T*>(a.q) + (s.first_row + row) * a.q_row + (head + g) * a.q_head, to,
                  dim);
 
-  score_all<T>(a, r, per_head, q, scores);
-  prefetch_rows<T>(a.v, r, v_at, r.ahead);
+  if constexpr (kScaled<C>) prefetch_scales(a, a.k_scale, s, r), prefetch_scales(a, a.v_scale, s, r);
+  score_all<C>(a, r, per_head, q, scores);
+  prefetch_rows<C>(a.v, r, v_at, r.ahead);
   const int64_t first = head_begin * per_head;
-  softmax(a, s, r, scores, partial.m + first, partial.l + first);
+  if constexpr (kScaled<C>) {
+    struct Scales;
+    r.scale_stride = head_end - head_begin + W;
+    float* scales = scratch<Scales, float>(2 * kSplit * r.scale_stride);
+    r.k_scale = scales, r.v_scale = scales + kSplit * r.scale_stride;
+    gather_scales(a, a.k_scale, s, r, scales);
+    gather_scales(a, a.v_scale, s, r, scales + kSplit * r.scale_stride);
+  }
+  softmax<C>(a, s, r, scores, partial.m + first, partial.l + first);
 
-  const T* values = reinterpret_cast<const T*>(a.v.data);
+  const C* values = reinterpret_cast<const C*>(a.v.data);
   float* acc = partial.acc + first * dim;
   std::memset(acc, 0, r.lanes * dim * sizeof(float));
   for (int64_t i = r.low; i < r.high; i += r.block) {
     const int64_t n = std::min(r.block, r.high - i);
     for (int64_t h = head_begin; h < head_end; ++h) {
-      const T* base = values + h * a.v.head_stride;
+      const C* base = values + h * a.v.head_stride;
       for (int64_t row = 0; row < s.rows;
            ++row) {  // only what it attends to: a NaN elsewhere must not reach it
         const int64_t begin = std::max(i, s.row_low(row, a.left) - r.start);
         const int64_t count = std::min(i + n, s.row_high(row, a.right) - r.start) - begin;
         const int64_t lane = (h - head_begin) * per_head + row * a.group;
         if (count > 0)
-          add_group<T>(base, v_at + begin, scores + begin * r.stride + lane, r.stride, count,
+          add_group<C>(base, v_at + begin, scores + begin * r.stride + lane, r.stride, count,
                        acc + lane * dim, dim, a.group, r);
       }
     }

@@ -2,6 +2,7 @@
 // own type, the softmax of a row of scores.
 #pragma once
 
+#include "int8.h"
 #include "vec.h"
 
 namespace pyarch {
@@ -107,6 +108,17 @@ inline F tanh_lanes(F x) {
   for (int i = 0; i < W; ++i)
     if (std::fabs(v[i]) >= 0.625f || v[i] != v[i]) s[i] = std::copysign(f[i], v[i]);
   return load(s);
+}
+
+// Lane i is x[index[i]].
+inline F permute(F x, const int32_t* index) {
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps(_mm512_loadu_si512(index), x);
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
+#else
+  return F{x[index[0]], x[index[1]], x[index[2]], x[index[3]]};
+#endif
 }
 
 // A base-2 logit of q . k: scaled, and capped where softcap is not 0.

@@ -2,6 +2,7 @@
 // with the sums that every segment of it needs.
 #pragma once
 
+#include "int8.h"
 #include "quant_matmul_dot.h"
 #include "tensor.h"
 
@@ -37,34 +38,6 @@ inline float sum_of(const float* x, int64_t n) {  // n is a multiple of 4; zeros
     total = total + (left == W ? load(x + i) : load(x + i, left));
   }
   return hsum(total);
-}
-
-// amax / 127 of a group; NaN if a number of it is not finite, which makes the result NaN too.
-inline float activation_scale(const float* x, int64_t n) {
-  F most = zero(), check = zero();
-  for (int64_t i = 0; i < n; i += W) {
-    const int left = static_cast<int>(std::min<int64_t>(W, n - i));
-    const F v = left == W ? load(x + i) : load(x + i, left);
-    most = max(most, abs(v));
-    check = fma(v, zero(), check);
-  }
-  return all_zero(check) ? max_lanes(most) / 127.0f : std::numeric_limits<float>::quiet_NaN();
-}
-
-// round(x / scale) within -127..127.
-inline I activation_codes(F x, F divisor) {
-  return to_int(max(set1(-127.0f), min(set1(127.0f), x / divisor)));
-}
-
-inline void store_codes(int8_t* at, I codes) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(codes));
-#elif defined(__AVX2__)
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(at), _mm_packs_epi16(words, words));
-#else
-  for (int i = 0; i < W; ++i) at[i] = static_cast<int8_t>(codes[i]);
-#endif
 }
 
 // The columns of each raw dword in the order of Dot's steps. Whole vectors of the row are rewritten.
@@ -106,7 +79,7 @@ void pack_row(const T* x, const Plan& plan, int32_t* out, SegmentSums* sums, flo
         const int64_t begin = plan.segments[i].column;
         for (last = i + 1; last < plan.count && plan.segments[last].group == plan.segments[i].group;) ++last;
         const int64_t end = plan.segments[last - 1].column + plan.segments[last - 1].columns;
-        const float scale = activation_scale(wide + begin, end - begin);
+        const float scale = int8_scale(wide + begin, end - begin);
         if (!(scale >= 0.0f)) std::fill(wide + begin, wide + end, 0.0f);
         const F divisor = set1(scale > 0.0f ? scale : 1.0f);
         for (; i < last; ++i) {
@@ -115,7 +88,7 @@ void pack_row(const T* x, const Plan& plan, int32_t* out, SegmentSums* sums, flo
           for (int64_t c = s.column; c < s.column + s.columns; c += W) {
             // Beyond the segment: zeros, which the next segment overwrites.
             const int left = static_cast<int>(std::min<int64_t>(W, s.column + s.columns - c));
-            const I code = activation_codes(left == W ? load(wide + c) : load(wide + c, left), divisor);
+            const I code = int8_codes(left == W ? load(wide + c) : load(wide + c, left), divisor);
             store_codes(codes + c, code);
             total = add_i(total, code);
           }

@@ -160,11 +160,7 @@ __attribute__((always_inline)) inline void transpose(const uint8_t* p, int64_t s
 // Sum of the lanes; their maximum, if none is NaN; whether all are 0 (not NaN).
 #if defined(__AVX512F__)
 inline int32_t sum_lanes(I a) { return _mm512_reduce_add_epi32(a); }
-inline float max_lanes(F a) { return _mm512_reduce_max_ps(a); }
-inline bool all_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff; }
 #else
-inline float max_lanes(F a) { return hmax(a); }
-inline bool all_zero(F a) { return hsum(a) == 0.0f; }
 inline int32_t sum_lanes(I a) {
   int32_t x[W], total = 0;
   store_i(x, a);

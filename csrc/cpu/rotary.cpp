@@ -103,16 +103,15 @@ Tensor rotary_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tenso
                      Tensor slot_mapping, std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
                      std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, int64_t num_heads,
                      bool interleaved, double eps) {
-  PYARCH_CHECK(!k_scale && !v_scale, "k_scale: is for int8 caches");
-  const PagedCache kc = paged_cache(k_cache, "k_cache"), vc = paged_cache(v_cache, "v_cache");
-  check_same_shape(kc, vc, k_cache, v_cache);
+  const PagedCaches caches = paged_caches(k_cache, v_cache, k_scale, v_scale);
+  const PagedCache &kc = caches.k, &vc = caches.v;
   const int64_t dim = kc.dim, kv_heads = kc.heads, half = dim / 2;
   PYARCH_CHECK(dim % 2 == 0, "k_cache: head_dim must be even");
   PYARCH_CHECK(qkv.dim() == 2 && num_heads >= 1 && num_heads <= qkv.size(1) &&
                    qkv.size(1) == (num_heads + 2 * kv_heads) * dim,
                "qkv: must be [tokens, (num_heads + 2 * kv_heads) * head_dim]");
   PYARCH_CHECK(qkv.numel() == 0 || qkv.stride(1) == 1, "qkv: the last dimension must be contiguous");
-  PYARCH_CHECK(qkv.scalar_type() == k_cache.scalar_type(), "qkv: must have k_cache's dtype");
+  PYARCH_CHECK(caches.suits(qkv.scalar_type(), k_cache), "qkv: must have k_cache's dtype, or that be int8");
   const int64_t tokens = qkv.size(0), step = qkv.stride(0);
   const int64_t limit = cos.dim() == 2 ? cos.size(0) : 0;
   const float *pc = table(cos, "cos", limit, half), *ps = table(sin, "sin", limit, half);
@@ -127,11 +126,11 @@ Tensor rotary_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tenso
                                                           {q_norm ? &*q_norm : &cos, "q_norm"},
                                                           {k_norm ? &*k_norm : &cos, "k_norm"}};
   for (const auto& [t, name] : inputs)
-    PYARCH_CHECK(!touches(kc, *t) && !touches(vc, *t), name, ": must not share memory with the caches");
+    PYARCH_CHECK(!touches(caches, *t), name, ": must not share memory with the caches");
   for (int64_t t = 0; t < tokens; ++t)
     PYARCH_CHECK(at[t] >= 0 && at[t] < limit, "positions: entry ", t, " is ", at[t], ", allowed are 0 to ",
                  limit - 1);
-  check_append(kc, vc, slots, tokens);
+  check_append(caches, slots, tokens);
 
   Tensor q = empty({tokens, num_heads, dim}, qkv.scalar_type());
   with_float_type(qkv.scalar_type(), "qkv", [&](auto tag) {
@@ -142,16 +141,23 @@ Tensor rotary_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tenso
     parallel_tasks((tokens + block - 1) / block, [&](int64_t task) {
       struct Wide;
       float* wide = scratch<Wide, float>(2 * dim);
+      struct Turned;
+      T* turned = caches.int8 ? scratch<Turned, T>(kv_heads * dim) : nullptr;
       for (int64_t t = task * block; t < std::min(tokens, (task + 1) * block); ++t) {
         const float *c = pc + at[t] * half, *s = ps + at[t] * half;
         const T *x = px + t * step, *k = x + num_heads * dim, *v = k + kv_heads * dim;
         for (int64_t h = 0; h < num_heads; ++h)
           head(x + h * dim, pq + (t * num_heads + h) * dim, c, s, qn, interleaved, dim, wide);
         if (slots[t] < 0) continue;
-        T* to = reinterpret_cast<T*>(kc.data) + kc.offset(slots[t]);
+        T* to = caches.int8 ? turned : reinterpret_cast<T*>(kc.data) + kc.offset(slots[t]);
         for (int64_t h = 0; h < kv_heads; ++h)
-          head(k + h * dim, to + h * kc.head_stride, c, s, kn, interleaved, dim, wide);
-        write_slot(vc, slots[t], reinterpret_cast<const char*>(v), dim);
+          head(k + h * dim, to + h * (caches.int8 ? dim : kc.head_stride), c, s, kn, interleaved, dim, wide);
+        if (caches.int8) {
+          round_slot(kc, caches.k_scale, slots[t], turned, dim);
+          round_slot(vc, caches.v_scale, slots[t], v, dim);
+        } else {
+          write_slot(vc, slots[t], reinterpret_cast<const char*>(v), dim);
+        }
       }
     });
   });

@@ -138,11 +138,10 @@ def _attention_fake(q, *_):
     return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-FLOATING = {"cache": ("floating",)}
 KV_APPEND = Op(
     "kv_append",
     {
-        "cpu": Limits("cpu", allowed=FLOATING, unless=inference_only),
+        "cpu": Limits("cpu", unless=inference_only),
         "cuda": Limits("cuda", capability=(8, 0), unless=inference_only),
     },
     check_append,
@@ -151,7 +150,7 @@ KV_APPEND = Op(
 PAGED_ATTENTION = Op(
     "paged_attention",
     {
-        "cpu": Limits("cpu", allowed=FLOATING, unless=inference_only),
+        "cpu": Limits("cpu", unless=inference_only),
         # It reads the cache once for every 8 query vectors of a key head, so prompts are not for it.
         "cuda": Limits(
             "cuda",

@@ -184,7 +184,7 @@ def _fake(qkv, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_no
     return qkv.new_empty((qkv.shape[0], num_heads, k_cache.shape[3]))
 
 
-LIMITS = {"cpu": Limits("cpu", allowed={"cache": ("floating",)}, unless=inference_only)}
+LIMITS = {"cpu": Limits("cpu", unless=inference_only)}
 ROTARY_APPEND = Op("rotary_append", LIMITS, check, "on the reference: the kernels are for inference")
 define(
     "rotary_append",
