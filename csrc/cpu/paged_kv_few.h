@@ -48,9 +48,8 @@ inline void prefetch(const T* p, int64_t n, bool passing) {
 
 // to[i] = k . q[i] for U lanes, as vectors yet to be summed over their lanes. NV: vectors of k, 0 for any
 // number.
-template <class T, int NV, int U>
-inline void dots(const T* k, const typename Dot<T>::Q* q, int64_t dim, F* to) {
-  using D = Dot<T>;
+template <class D, int NV, int U>
+inline void dots(const typename D::Cached* k, const typename D::Q* q, int64_t dim, F* to) {
   F sum[U];
   for (int i = 0; i < U; ++i) sum[i] = zero();
   if constexpr (NV > 0) {
@@ -106,22 +105,21 @@ inline void prefetch_rows(const PagedCache& cache, const Range& r, const int64_t
 }
 
 // The K pass. A unit is U lanes of one head; W / U units are summed over their lanes together.
-template <class T, int NV, int U>
-void score(const PagedAttention& a, const Range& r, int64_t per_head, const typename Dot<T>::Q* q,
-           float* scores) {
+template <class D, int NV, int U>
+void score(const PagedAttention& a, const Range& r, int64_t per_head, const typename D::Q* q, float* scores) {
   constexpr int batch = W / U;
-  const T* keys = reinterpret_cast<const T*>(a.k.data) + r.head_begin * a.k.head_stride;
+  const auto* keys = reinterpret_cast<const typename D::Cached*>(a.k.data) + r.head_begin * a.k.head_stride;
   const int64_t dim = a.k.dim;
   for (int64_t i = r.low; i < r.high; ++i) {
-    const T *row = keys + r.k_at[i], *ahead = keys + r.k_at[i + r.ahead];
-    const typename Dot<T>::Q* unit_q = q;
+    const auto *row = keys + r.k_at[i], *ahead = keys + r.k_at[i + r.ahead];
+    const typename D::Q* unit_q = q;
     float* to = scores + i * r.stride;
     for (int64_t lane = 0, in_head = 0; lane < r.lanes; to += batch * U) {
       F sums[W];
       for (int b = 0; b < batch; ++b) {
         if (lane < r.lanes) {
           if (in_head == 0) prefetch(ahead, dim, r.passing);
-          dots<T, NV, U>(row, unit_q, dim, sums + b * U);
+          dots<D, NV, U>(row, unit_q, dim, sums + b * U);
           lane += U, in_head += U, unit_q += U * dim;
           if (in_head == per_head) in_head = 0, row += a.k.head_stride, ahead += a.k.head_stride;
         } else {
@@ -134,23 +132,23 @@ void score(const PagedAttention& a, const Range& r, int64_t per_head, const type
   }
 }
 
-template <class T, int U>
-void score_any(const PagedAttention& a, const Range& r, int64_t per_head, const typename Dot<T>::Q* q,
+template <class D, int U>
+void score_any(const PagedAttention& a, const Range& r, int64_t per_head, const typename D::Q* q,
                float* scores) {
-  constexpr int lanes = Dot<T>::lanes;
-  if (a.k.dim == 8 * lanes) return score<T, 8, U>(a, r, per_head, q, scores);
-  if (a.k.dim == 4 * lanes) return score<T, 4, U>(a, r, per_head, q, scores);
-  if (a.k.dim == 2 * lanes) return score<T, 2, U>(a, r, per_head, q, scores);
-  score<T, 0, U>(a, r, per_head, q, scores);
+  constexpr int lanes = D::lanes;
+  if (a.k.dim == 8 * lanes) return score<D, 8, U>(a, r, per_head, q, scores);
+  if (a.k.dim == 4 * lanes) return score<D, 4, U>(a, r, per_head, q, scores);
+  if (a.k.dim == 2 * lanes) return score<D, 2, U>(a, r, per_head, q, scores);
+  score<D, 0, U>(a, r, per_head, q, scores);
 }
 
-template <class T>
-void score_all(const PagedAttention& a, const Range& r, int64_t per_head, const typename Dot<T>::Q* q,
+template <class D>
+void score_all(const PagedAttention& a, const Range& r, int64_t per_head, const typename D::Q* q,
                float* scores) {
-  if (per_head % 4 == 0) return score_any<T, 4>(a, r, per_head, q, scores);
-  if (per_head % 3 == 0) return score_any<T, 3>(a, r, per_head, q, scores);
-  if (per_head % 2 == 0) return score_any<T, 2>(a, r, per_head, q, scores);
-  score_any<T, 1>(a, r, per_head, q, scores);
+  if (per_head % 4 == 0) return score_any<D, 4>(a, r, per_head, q, scores);
+  if (per_head % 3 == 0) return score_any<D, 3>(a, r, per_head, q, scores);
+  if (per_head % 2 == 0) return score_any<D, 2>(a, r, per_head, q, scores);
+  score_any<D, 1>(a, r, per_head, q, scores);
 }
 
 // acc[g][NV vectors] += p[i][g] * row i, for i in [0, n), the vectors in the order of load_pair.
@@ -277,7 +275,8 @@ inline void softmax(const PagedAttention& a, const PagedSequence& s, const Range
 template <class T, class C>
 void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, int64_t head_begin,
                 int64_t head_end, bool passing, const Partial& partial) {
-  using Q = typename Dot<C>::Q;
+  using D = Dot<C, T>;
+  using Q = typename D::Q;
   const int64_t dim = a.k.dim, per_head = s.rows * a.group;
   Range r{};
   r.head_begin = head_begin, r.head_end = head_end, r.passing = passing;
@@ -307,7 +306,7 @@ void split_task(const PagedAttention& a, const PagedSequence& s, int64_t split, 
                  dim);
 
   if constexpr (kScaled<C>) prefetch_scales(a, a.k_scale, s, r), prefetch_scales(a, a.v_scale, s, r);
-  score_all<C>(a, r, per_head, q, scores);
+  score_all<D>(a, r, per_head, q, scores);
   prefetch_rows<C>(a.v, r, v_at, r.ahead);
   const int64_t first = head_begin * per_head;
   if constexpr (kScaled<C>) {

@@ -40,9 +40,11 @@ inline F sum_each(const F a[W]) {
 #endif
 }
 
-// How a cache of T is multiplied with q: in fp32, or bf16 pairs where the machine has them (products exact).
-template <class T>
+// How a cache of C is multiplied with a q of T: in fp32, or bf16 pairs where the machine has them. Products
+// are exact: bf16 holds every code of int8.
+template <class C, class T>
 struct Dot {
+  using Cached = C;
   using Q = float;  // q's type in scratch
   using V = F;
   static constexpr int lanes = W;
@@ -59,7 +61,8 @@ struct Dot {
 };
 #if defined(__AVX512BF16__)
 template <>
-struct Dot<bf16> {
+struct Dot<bf16, bf16> {
+  using Cached = bf16;
   using Q = bf16;
   using V = __m512bh;
   static constexpr int lanes = 32;
@@ -68,6 +71,15 @@ struct Dot<bf16> {
     return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
   }
   static F add(F acc, V a, V b) { return _mm512_dpbf16_ps(acc, a, b); }
+};
+template <>
+struct Dot<int8_t, bf16> : Dot<bf16, bf16> {
+  using Cached = int8_t;
+  using Dot<bf16, bf16>::load;
+  static V load(const int8_t* p) { return _mm512_cvtne2ps_pbh(pyarch::load(p + W), pyarch::load(p)); }
+  static V load(const int8_t* p, int n) {
+    return _mm512_cvtne2ps_pbh(n > W ? pyarch::load(p + W, n - W) : zero(), pyarch::load(p, n < W ? n : W));
+  }
 };
 #endif
 
