@@ -144,7 +144,7 @@ def splits(matmul):
     for n in (48 * 128, 96 * 128 - 5):
         w = weight(n, 70, group_size=64)
         few = dataclasses.replace(w, q=w.q[:40], scale=w.scale[:40])
-        close(f"N {n}", matmul, x, few, seeds=(1, 5, 6, 7))
+        close(f"N {n}", matmul, x, few, seeds=(1, 5))
         y = matmul(x, w, seeds=(2,))
         assert same(matmul(x, few), y[:, :40].contiguous()), f"N {n}"
         assert_close(f"N {n}", y, quant_matmul_reference(x.double(), w), F.linear(x, w.dequantize(x.dtype)))

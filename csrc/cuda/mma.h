@@ -8,6 +8,7 @@
 //                       b[0] rows 2t and 2t + 1, column g; b[1] as this, 8 rows on
 //                       d[0], d[1] row g, columns 2t and 2t + 1; d[2], d[3] row g + 8
 //   subtract2<T>(x, y)  x - y, two elements
+//   and_or(x, y, z)     x & y | z, which nvcc makes two instructions of where y and z are constants
 #pragma once
 
 #include "numbers.h"
@@ -76,7 +77,15 @@ uint32_t subtract2(uint32_t x, uint32_t y) {
   return difference;
 }
 
+inline uint32_t and_or(uint32_t x, uint32_t y, uint32_t z) { return (x & y) | z; }
+
 #else
+
+PYARCH_DEVICE uint32_t and_or(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
+  return result;
+}
 
 template <class T>
 PYARCH_DEVICE void ldmatrix4(uint32_t (&r)[4], const T* row) {

@@ -21,122 +21,10 @@
 
 #include "epilogue.h"
 #include "quant_matmul.h"
-#include "quant_matmul_weights.h"
+#include "quant_matmul_copies.h"
 
 namespace pyarch {
 namespace {
-
-constexpr int kThreads = 256, kWarps = 8, kParts = 8, kPairs = 4;
-
-template <class T>
-struct Call {
-  Global<const T> x, bias_as_x;
-  Global<const float> bias;
-  Global<const uint8_t> q, scale, shift;
-  Global<T> y;
-  Global<float> partial;  // (tile, pair of parts) -> [rows of x][rows of w]
-  Global<int> arrived;    // (tile)
-  int64_t x_row, x_column;
-  int64_t group_factor;  // group of column 32 u: u * group_factor >> 40
-  int m, n, k, m_blocks, row_tiles, groups, steps, part_steps;
-  int x_rows;  // of x in shared memory
-  int scale_type, scale_bytes, shift_type, shift_bytes, activation;
-  bool whole_pieces, has_bias, bias_is_float, shift_is_zero;
-  float slope;
-};
-
-template <int bits_, int m_tiles_, int row_tiles_, int warps_n_, int stages_>
-struct Shape {
-  static constexpr int bits = bits_, m_tiles = m_tiles_, row_tiles = row_tiles_, warps_n = warps_n_;
-  static constexpr int stages = stages_, warps_k = kWarps / warps_n, pairs = warps_k / 2;  // pairs: a round
-  static constexpr int rows_m = 8 * m_tiles, rows_n = 16 * row_tiles * warps_n, pitch = rows_n + 4;
-  static constexpr int rounds = kParts / warps_k;
-};
-
-// Byte offsets in shared memory. A stage has x of each part, then what each warp has for itself: codes,
-// scales, shifts. The sums of a round take the ring's place; totals are kept beside it.
-template <class S, int fold, bool shifted>
-struct Layout {
-  static constexpr int codes = 128 * S::bits, halves = 64 / fold, grid = (shifted ? 2 : 1) * halves * 64;
-  static constexpr int own = S::row_tiles * (codes + grid);
-  int x, stage, totals;
-
-  PYARCH_BOTH explicit Layout(int x_rows) {
-    x = 128 * x_rows;
-    stage = S::warps_k * x + kWarps * own;
-    const int ring = S::stages * stage, sums = 4 * S::warps_k * x_rows * S::pitch;
-    totals = ring > sums ? ring : sums;
-  }
-};
-
-// What a thread is, and where its things lie.
-template <class T, class S, int fold, bool shifted>
-struct Worker {
-  using At = Layout<S, fold, shifted>;
-  const Call<T>& c;
-  At at;
-  int lane, warp, warp_n, warp_k, first_m, rows, first_tile, x_byte, own_byte;
-
-  PYARCH_DEVICE explicit Worker(const Call<T>& call) : c(call), at(call.x_rows) {
-    const int thread = static_cast<int>(threadIdx.x);
-    lane = thread % 32, warp = thread / 32;
-    warp_n = warp % S::warps_n, warp_k = warp / S::warps_n;
-    first_m = static_cast<int>(blockIdx.x) % c.m_blocks * S::rows_m;
-    rows = c.m - first_m < S::rows_m ? c.m - first_m : S::rows_m;
-    first_tile = (static_cast<int>(blockIdx.x) / c.m_blocks * S::warps_n + warp_n) * S::row_tiles;
-    x_byte = warp_k * at.x;
-    own_byte = S::warps_k * at.x + warp * At::own;
-  }
-
-  PYARCH_DEVICE int group_of(int half_step) const {
-    return static_cast<int>(half_step * c.group_factor >> 40);
-  }
-
-  // Threads that read the same x wait for one another.
-  PYARCH_DEVICE void meet() const { S::warps_n == 1 ? sync_warp() : sync(); }
-
-  PYARCH_DEVICE void copy(int step, int slot) const {
-    const int base = slot * at.stage;
-#pragma unroll
-    for (int r = 0; r < S::row_tiles; ++r) {
-      if (first_tile + r >= c.row_tiles) break;
-      const Global<const uint8_t> from =
-          c.q + (int64_t{first_tile + r} * c.steps + step) * At::codes + lane * 16;
-#pragma unroll
-      for (int v = 0; v < S::bits / 4; ++v)
-        cp16(shared<uint8_t>(base + own_byte + r * At::codes + v * 512 + lane * 16), from + v * 512);
-    }
-    copy_grids(step, base + own_byte + S::row_tiles * At::codes);
-    copy_x(step, base + x_byte);
-  }
-
-  // A lane copies 16 bytes: 16 rows of 4, 2 or 1 bytes are that many times 16.
-  PYARCH_DEVICE void copy_grids(int step, int byte) const {
-    const int r = lane / 16, is_shift = lane / 8 % 2, half = lane / 4 % 2, piece = lane % 4;
-    const int bytes = is_shift ? c.shift_bytes : c.scale_bytes;
-    if (r >= S::row_tiles || first_tile + r >= c.row_tiles || (is_shift && !shifted) || half >= At::halves ||
-        piece >= bytes)
-      return;
-    int group = group_of(2 * step + half);
-    if (group >= c.groups) group = c.groups - 1;  // the second half of the last step, past K
-    const Global<const uint8_t> from = is_shift ? c.shift : c.scale;
-    const int to = byte + r * At::grid + (is_shift * At::halves + half) * 64 + piece * 16;
-    cp16(shared<uint8_t>(to), from + ((int64_t{first_tile + r} * c.groups + group) * bytes + piece) * 16);
-  }
-
-  PYARCH_DEVICE void copy_x(int step, int byte) const {
-    for (int i = warp_n * 32 + lane; i < rows * 8; i += S::warps_n * 32) {
-      const int m = i / 8, piece = i % 8, column = step * kStep + piece * 8;
-      const Shared<T> to = shared<T>(byte + m * 128 + (piece ^ m % 8) * 16);
-      const Global<const T> from = c.x + ((first_m + m) * c.x_row + column * c.x_column);
-      const int left = c.k - column < 0 ? 0 : c.k - column < 8 ? c.k - column : 8;
-      if (c.whole_pieces)
-        cp16_part(to, from, 2 * left);
-      else  // rows of x that do not begin at multiples of 16 bytes, or are not contiguous
-        for (int e = 0; e < 8; ++e) to[e] = e < left ? from[e * c.x_column] : T{0};
-    }
-  }
-};
 
 // The sums of a warp: register e of acc[r][i] is row g + 8 (e / 2) of w's tile r and row 2t + e % 2 of x's
 // tile i.
@@ -155,7 +43,7 @@ struct Sums {
 #pragma unroll
       for (int high = 0; high < 2; ++high) {
         const int row = w.lane / 4 + 8 * high, at = byte + r * At::grid + half * 64;
-        const float scale = grid_value(w.c.scale_type, at, row);
+        const float scale = float_value(w.c.scale_type, at, row);
         float shift = 0.0f;
         if constexpr (shifted) {
           const float value = grid_value(w.c.shift_type, at + At::halves * 64, row);
@@ -180,19 +68,20 @@ struct Sums {
   PYARCH_DEVICE void add_step(const Worker<T, S, fold, shifted>& w, int slot, bool ends_group) {
     using At = Layout<S, fold, shifted>;
     const int base = slot * w.at.stage, own = base + w.own_byte, x_byte = base + w.x_byte;
-    uint32_t words[S::row_tiles][4];  // of both halves, or of one of 8-bit codes
-#pragma unroll
+    Bytes16 codes[S::row_tiles];  // of both halves, or of one of 8-bit codes
+    [[maybe_unused]] constexpr int at_once = S::m_tiles == 8 ? 1 : 2;
+#pragma unroll at_once  // both halves of the largest tile spilled
     for (int half = 0; half < 2; ++half) {
       uint32_t a[S::row_tiles][2][4];
 #pragma unroll
       for (int r = 0; r < S::row_tiles; ++r) {
-        if (half == 0 || S::bits == 8) {
-          const int at = own + r * At::codes + (S::bits == 8 ? half * 512 : 0) + w.lane * 16;
-          const Bytes16 b = load16(shared<const uint8_t>(at));
-          words[r][0] = b.x, words[r][1] = b.y, words[r][2] = b.z, words[r][3] = b.w;
-        }
+        if (half == 0 || S::bits == 8)
+          codes[r] = load16(shared<const uint8_t>(own + r * At::codes + half * 512 + w.lane * 16));
+        const Bytes16 b = codes[r];
+        const uint32_t words[4] = {S::bits == 4 && half ? b.z : b.x, S::bits == 4 && half ? b.w : b.y, b.z,
+                                   b.w};
 #pragma unroll
-        for (int j = 0; j < 2; ++j) operand<T, S::bits>(words[r], S::bits == 8 ? j : 2 * half + j, a[r][j]);
+        for (int j = 0; j < 2; ++j) operand<T, S::bits>(words, j, a[r][j]);
       }
       const int piece = ((4 * half + w.lane / 8) ^ w.lane % 8) * 16;
 #pragma unroll
@@ -230,7 +119,7 @@ PYARCH_DEVICE void finish(const Call<T>& c, int m, int n, float value) {
 
 template <class T, class S, int fold, bool shifted>
 PYARCH_KERNEL PYARCH_THREADS(kThreads, S::m_tiles == 1 ? 3 : 1) quant_matmul(Call<T> c) {
-  const Worker<T, S, fold, shifted> w(c);
+  Worker<T, S, fold, shifted> w(c);
   const int thread = static_cast<int>(threadIdx.x);
   const int first_n = static_cast<int>(blockIdx.x) / c.m_blocks * S::rows_n;
   const int splits = static_cast<int>(gridDim.y), rounds = S::rounds / splits;
@@ -244,20 +133,22 @@ PYARCH_KERNEL PYARCH_THREADS(kThreads, S::m_tiles == 1 ? 3 : 1) quant_matmul(Cal
     const int begin = part * c.part_steps < c.steps ? part * c.part_steps : c.steps;
     const int end = begin + c.part_steps < c.steps ? begin + c.part_steps : c.steps;
     Sums<S> mine;
+    w.start(begin);
     for (int i = 0; i < S::stages - 1; ++i) {
-      if (begin + i < end) w.copy(begin + i, i);
+      if (begin + i < end) w.copy(i);
       commit();
     }
-    int slot = 0, free = S::stages - 1;
+    int slot = 0, free = S::stages - 1, into_group = fold == 64 ? begin % c.group_steps : 0;
     for (int i = 0; i < c.part_steps; ++i) {
-      const int step = begin + i, ahead = step + S::stages - 1;
+      const int step = begin + i;
       wait<S::stages - 2>();
       w.meet();
-      if (ahead < end) w.copy(ahead, free);
+      if (step + S::stages - 1 < end) w.copy(free);
       commit();
       if (step < end) {
-        const bool ends = step + 1 == end || w.group_of(2 * step + 2) != w.group_of(2 * step);
+        const bool ends = ++into_group == c.group_steps || step + 1 == end;
         mine.add_step(w, slot, ends);
+        if (ends) into_group = 0;
       }
       slot = slot + 1 < S::stages ? slot + 1 : 0;
       free = free + 1 < S::stages ? free + 1 : 0;
@@ -332,8 +223,8 @@ const char* run(const QuantMatmul& p, Stream stream) {
   c.x_row = p.x_row, c.x_column = p.x_column;
   c.whole_pieces = (p.x_column == 1 || p.k <= 1) && (p.x_row % 8 == 0 || p.m <= 1) &&
                    reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-  const int64_t halves = p.group_size == -1 ? 0 : p.group_size / 32;  // of steps in a group
-  c.group_factor = halves == 0 ? 0 : (int64_t{1} << 40) / halves + 1;
+  c.group_steps = fold == 64 && p.group_size != -1 ? static_cast<int>(p.group_size / 64) : 1 << 30;
+  if (fold == 32) c.group_factor = (int64_t{1} << 40) / (p.group_size / 32) + 1;
   c.m = static_cast<int>(p.m), c.n = static_cast<int>(p.n), c.k = static_cast<int>(p.k);
   c.m_blocks = static_cast<int>(p.plan.m_blocks), c.row_tiles = static_cast<int>((p.n + 15) / 16);
   c.groups = static_cast<int>(p.groups), c.steps = static_cast<int>((p.k + kStep - 1) / kStep);

@@ -15,8 +15,8 @@
 namespace pyarch {
 namespace {
 
-constexpr int kStep = 64;                                   // columns of a tile of codes
-enum Type { kFloat, kBf16, kFp16, kInt32, kInt16, kInt8 };  // else uint8
+constexpr int kStep = 64;  // columns of a tile of codes
+enum Type { kFloat, kBf16, kFp16, kInt32, kInt16, kInt8, kUint8 };
 
 template <class T>
 struct Magic;
@@ -29,42 +29,43 @@ struct Magic<fp16> {
   static constexpr uint32_t base = 0x64006400u, one = 0x3c003c00u;  // 1024, of 10 bits
 };
 
-// Operand j of those in 16 bytes.
+// Operand j of those in some words.
 template <class T, int bits>
 PYARCH_DEVICE void operand(const uint32_t (&words)[4], int j, uint32_t (&a)[4]) {
   constexpr uint32_t base = Magic<T>::base;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (bits == 4) {
-      a[i] = subtract2<T>((words[j] >> 4 * i & 0x000f000fu) | base, base | 0x00080008u);
+      a[i] = subtract2<T>(and_or(words[j] >> 4 * i, 0x000f000fu, base), base | 0x00080008u);
     } else {
       const uint32_t pair = words[2 * j + i / 2] >> 8 * (i % 2);
       if constexpr (Magic<T>::base == Magic<bf16>::base)
         // 128 plus the low 7 bits, less 128; of a negative code less 256, whose exponent is one higher.
-        a[i] = subtract2<T>((pair & 0x007f007fu) | base, (pair & 0x00800080u) | base);
+        a[i] = subtract2<T>(and_or(pair, 0x007f007fu, base), and_or(pair, 0x00800080u, base));
       else
         a[i] = subtract2<T>((pair & 0x00ff00ffu) ^ (base | 0x00800080u), base | 0x00800080u);
     }
   }
 }
 
-// A number of a grid in shared memory.
+// A number of a grid in shared memory, of a float type or of any.
+PYARCH_DEVICE float float_value(int type, int byte, int i) {
+  if (type == kFloat) return shared<const float>(byte)[i];
+  if (type == kBf16) return to_float(shared<const bf16>(byte)[i]);
+  return to_float(shared<const fp16>(byte)[i]);
+}
 PYARCH_DEVICE float grid_value(int type, int byte, int i) {
   switch (type) {
-    case kFloat:
-      return shared<const float>(byte)[i];
-    case kBf16:
-      return to_float(shared<const bf16>(byte)[i]);
-    case kFp16:
-      return to_float(shared<const fp16>(byte)[i]);
     case kInt32:
       return static_cast<float>(shared<const int32_t>(byte)[i]);
     case kInt16:
       return static_cast<float>(shared<const int16_t>(byte)[i]);
     case kInt8:
       return static_cast<float>(shared<const int8_t>(byte)[i]);
-    default:
+    case kUint8:
       return static_cast<float>(shared<const uint8_t>(byte)[i]);
+    default:
+      return float_value(type, byte, i);
   }
 }
 
