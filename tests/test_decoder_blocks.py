@@ -19,11 +19,11 @@ _CHECKED = ["rms_norm", "quant_matmul", "rotary_append", "paged_attention", "qua
 class Steps:
     """Quantised blocks with a cache, fed one random row at a time."""
 
-    def __init__(self, seed=0, count=2, **options):
+    def __init__(self, seed=0, count=2, cache_dtype=torch.float32, **options):
         torch.manual_seed(seed)
         self.blocks = nn.DecoderBlocks(self.make(**options) for _ in range(count))
         self.block = self.blocks[0]
-        self.rope, self.cache = nn.RotaryEmbedding(16), nn.PagedKVCache(64, 4, count, 2, 16)
+        self.rope, self.cache = nn.RotaryEmbedding(16), nn.PagedKVCache(64, 4, count, 2, 16, dtype=cache_dtype)
         self.sequence = self.cache.allocate()
         self.x = torch.randn(1, 64)
 
@@ -72,12 +72,20 @@ def no_grad():
 class TestShortWay:
     """After their first cached call blocks make the same operator calls in one."""
 
-    @pytest.mark.parametrize("options", [{}, dict(qk_norm=True, qkv_bias=True, out_bias=True), dict(window=2)], ids=str)
+    @pytest.mark.parametrize("options", [{}, dict(qk_norm=True, qkv_bias=True, out_bias=True), dict(window=2),
+                                         dict(cache_dtype=torch.int8)], ids=str)  # fmt: skip
     @pytest.mark.parametrize("tokens", [1, 3])
     def test_same_bits(self, options, tokens):
         steps = Steps(**options)
         assert steps.agrees(x=torch.randn(tokens, 64))
         assert set(steps.step(checked=True)[0]) == nn.DecoderBlock.OPS
+
+    def test_a_cache_of_another_dtype_is_learnt_anew(self):
+        steps, other = Steps(), nn.PagedKVCache(64, 4, 2, 2, 16, dtype=torch.int8)
+        for _ in range(2):
+            assert steps.agrees()
+            steps.cache, steps.sequence, other = other, other.allocate(), steps.cache
+            assert steps.step()[0] != ["decoder_blocks"]
 
     def test_threads(self):
         steps, threads = Steps(count=4), torch.get_num_threads()
@@ -105,6 +113,7 @@ class TestShortWay:
         [("layers", 10**12, "layers: none are kept"), ("first", 2, "k_cache: must have layers"),
          ("first", -1, "k_cache: must have layers"), ("k_cache", torch.zeros(2, 4, 2, 16), "k_cache: must have layers"),
          ("v_cache", torch.zeros(0, 64, 4, 2, 16), "v_cache: must have layers"), ("x", torch.zeros(1, 63), "weight: "),
+         ("k_scale", torch.zeros(1, 64, 4, 2), "k_scale: is for int8"),
          ("positions", torch.zeros(2, dtype=torch.int64), "positions: ")],
     )  # fmt: skip
     def test_call_is_refused(self, place, value, message):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from paged_caches import rounded
 
 import pyarch
 from pyarch.ops.rotary import CASES, rotary_append_reference
@@ -34,6 +35,12 @@ def samples(dtype, device):
         if tokens == 5:
             args[6][1] = -1
         yield Sample(f"{tokens}x{heads}/{kv_heads}x{dim} {' '.join(options)}", args, kwargs)
+    for interleaved in (False, True):  # quarter turns are exact, so that codes are the reference's
+        args, kwargs = call(9, 3, 2, 16, dtype, device, interleaved=interleaved)
+        turns = torch.randint(0, 4, args[1].shape, device=device)
+        cos, sin = (torch.tensor(t, device=device)[turns] for t in ([1.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, -1.0]))
+        caches, scales = rounded(args[4:6])
+        yield Sample(f"int8 {interleaved}", (args[0], cos, sin, args[3], *caches, args[6]), kwargs | scales)
     for name, c in CASES.items():
         args, kwargs = call(min(c["tokens"], 33), c["heads"], c["kv_heads"], c["head_dim"], dtype, device, page_size=16)
         yield Sample(name, args, kwargs)
@@ -58,6 +65,9 @@ def refused():
     yield case("slots too few", ValueError, "slot_mapping", 6, lambda x: x[:-1])
     yield case("other kv heads", ValueError, "num_kv_heads", num_kv_heads=4)
     yield case("no heads", ValueError, "num_heads", num_heads=0)
+    yield case("scale for a floating cache", ValueError, "k_scale", k_scale=torch.ones(3, 4, 2))
+    int8 = lambda x: torch.zeros(x.shape, dtype=torch.int8)
+    yield case("int8 cache beside a floating one", TypeError, "v_cache", 4, int8)
     yield case("norm of another length", ValueError, "q_norm", q_norm=torch.ones(4))
     yield case("norm of another dtype", TypeError, "k_norm", k_norm=torch.ones(8).half())
     yield case("negative eps", ValueError, "eps", eps=-1.0)
