@@ -177,6 +177,10 @@ def attention_feature(feature: str) -> Callable[[torch.device, bool], Entry]:
             sinks = torch.randn(h, device=device)
             with_it, without = (lambda _: attend(q, k, v, sinks=sinks)), lambda _: attend(q, k, v)
             flops = 4.0 * h * s * s * d
+        elif feature == "dropout":
+            seed = torch.zeros(1, dtype=torch.int64, device=device)
+            with_it, without = (lambda _: attend(q, k, v, dropout_p=0.1, seed=seed)), lambda _: attend(q, k, v)
+            flops = 4.0 * h * s * s * d
         else:  # eight sequences, packed or as a batch
             cu = torch.arange(0, s + 1, s // 8, dtype=torch.int32, device=device)
             batch = [x.view(h, 8, s // 8, d).transpose(0, 1).contiguous() for x in (q, k, v)]
@@ -317,7 +321,7 @@ def cases() -> Iterator[Case]:
         for causal in (False, True):
             label = f"B{b} H{h} S{s} D{d}{' causal' * causal}"
             yield Case("bench", "flash_attention gradient", label, attention_gradient(b, h, s, d, causal))
-    for feature in ("window", "sinks", "varlen"):
+    for feature in ("window", "sinks", "dropout", "varlen"):
         yield Case("bench", "flash_attention feature", feature, attention_feature(feature))
     for n, k in ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)):  # the layers of Llama-3-8B
         for m in (1, 4, 16, 64, 256, 1024, 4096):

@@ -88,7 +88,7 @@ def flash_attention_kinds(small: bool) -> Iterator[Kind]:
             out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
             def of(config, right):
-                arguments = q, k, v, None, None, None, None, None, None, -1, right, 0.0, size**-0.5
+                arguments = q, k, v, *[None] * 7, -1, right, 0.0, size**-0.5, 0.0
                 return lambda _: kernel.launch(config, out, lse, *arguments)
 
             return [(functools.partial(of, right=right), 1) for right in (-1, 0)]

@@ -44,6 +44,7 @@ from pyarch.kernels._attention import (
     window_of,
 )
 from pyarch.kernels._common import bound, capability, dot, narrow, on_device_of
+from pyarch.kernels._dropout import kept, numbers
 from pyarch.kernels._tuned import tuned
 
 
@@ -63,40 +64,47 @@ def key_for(rows: int, size: int) -> str:
     return f"d{size} rows{'<=' if rows <= 64 else '>'}64"
 
 
-def config_for(rows: int, size: int, dtype: torch.dtype, arch: int, scored: bool, whole: bool) -> Config:
+def config_for(
+    rows: int, size: int, dtype: torch.dtype, arch: int, scored: bool, whole: bool, dropout: bool = False
+) -> Config:
     """The config for sequences of so many rows, as tuned on this card; size: the larger head size, padded.
 
     scored: with bias or mask, which are loaded into registers, element by element where their rows are not aligned.
     whole: q, k and v can be loaded in vectors of 16 bytes, past the registers.
     """
-    plain = whole and not scored and dtype != torch.float32
+    plain = whole and not scored and not dropout and dtype != torch.float32
     found = tuned("flash_attention", key_for(rows, size), Config) if plain else None
-    return found or default_for(rows, size, dtype, arch, scored, whole)
+    return found or default_for(rows, size, dtype, arch, scored, whole, dropout)
 
 
-def default_for(rows: int, size: int, dtype: torch.dtype, arch: int, scored: bool, whole: bool) -> Config:
+def default_for(
+    rows: int, size: int, dtype: torch.dtype, arch: int, scored: bool, whole: bool, dropout: bool = False
+) -> Config:
     """The largest tiles that no feature makes spill (tests/compile_kernels.py). None is measured yet."""
     chunk = 32 if dtype == torch.float32 else size  # of multiply-adds, whose operands lie in registers
     if not whole:
         return Config(16 if size == 256 else 32, 16, chunk, 8, 1)
     if dtype == torch.float32:
+        if dropout and not (scored and size == 256):
+            return Config(16, 32, chunk, 4, 2)
         return Config(32, 16 if scored and size == 256 else 32, chunk, 8, 2 if scored or size == 256 else 3)
     if scored:
         return Config(64, 16 if size == 256 else 32, size, 8, 2)
     if size == 256:
-        return Config(128 if arch >= 90 and rows > 64 else 64, 32, size, 8, 2)
+        return Config(128 if arch >= 90 and rows > 64 and not dropout else 64, 32, size, 8, 2)
     if rows <= 64:
-        return Config(64, 64, size, 4, 3)
+        return Config(64, 32 if dropout else 64, size, 4, 3)
     return Config(128, 128 if arch >= 90 and size <= 64 else 64, size, 8, 3)
 
 
 @triton.jit
 def _attend(
     acc, m, total, q, q_rows, k_head, v_head, bias_rows, mask_rows, position, low, high, gap_at, gap, keys,
+    seed, threshold, sequence, h, i,  # of dropout; i: numbers of the rows
     stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, stride_mn,
     left, right, scale, cap, slope,
     D: tl.constexpr, DV: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """The keys from low to high, a tile at a time, gap more from gap_at on; EDGE: some rows do not see some of them."""
@@ -140,12 +148,15 @@ def _attend(
         shrink = tl.exp2(m - base)
         total = total * shrink + tl.sum(p, 1)
         m = top
+        if DROPOUT:
+            p = tl.where(kept(seed, threshold, sequence, h, i, start, BN), p, 0.0)
         v_tile = load_tile(v_rows, dv, stride_vd, inside, EDGE, DV, DVP)  # [BN, DVP]
         acc = dot(narrow(p, dtype), v_tile, acc * shrink[:, None])
     return acc, m, total
 
 
-@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "share", "left", "right"])
+@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "share", "left", "right",
+                             "threshold"])  # fmt: skip
 def _forward_kernel(
     out, lse,  # (B, H, rows, DV) and (B, H, rows), both dense
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k,
@@ -155,9 +166,11 @@ def _forward_kernel(
     heads, H, group, rows, keys, sequences,  # heads: B * H; group: heads of q for one of k
     tiles, share,  # row tiles of a head; heads whose tiles run together
     left, right, scale, cap,
+    seed, threshold, factor,  # of dropout
     D: tl.constexpr, DV: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr, FOLD: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    ALIBI: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     place, bh = place_of(tl.program_id(0), heads, tiles, share)
     tile = tiles - 1 - place
@@ -180,6 +193,10 @@ def _forward_kernel(
         if i0 >= rows:
             return
 
+    number = 0
+    if DROPOUT:
+        number = tl.load(seed)
+    head = h  # int32, as dropout counts
     i = i0 + tl.arange(0, BM)  # [BM], rows of the sequence
     row = tl.minimum(i, rows - 1).to(tl.int64)[:, None] + first_q  # [BM, 1], of the tensors
     b, h, kv, first_k = b.to(tl.int64), h.to(tl.int64), (h // group).to(tl.int64), tl.cast(first_k, tl.int64)
@@ -213,22 +230,26 @@ def _forward_kernel(
     position = i + shift
     acc, m, total = _attend(
         acc, m, total, q_tile, q_rows, k_head, v_head, bias_rows, mask_rows, position,
-        full_low, full_high, 0, 0, keys, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, stride_mn,
+        full_low, full_high, 0, 0, keys, number, threshold, sequence, head, i,
+        stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, stride_mn,
         left, right, scale, cap, slope,
-        D, DV, False, FOLD, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, BM, BN, BD, DP, DVP,
+        D, DV, False, FOLD, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, DROPOUT, BM, BN, BD, DP, DVP,
     )  # fmt: skip
     acc, m, total = _attend(
         acc, m, total, q_tile, q_rows, k_head, v_head, bias_rows, mask_rows, position,
-        low, high - gap, full_low, gap, keys,
+        low, high - gap, full_low, gap, keys, number, threshold, sequence, head, i,
         stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, stride_mn,
         left, right, scale, cap, slope,
-        D, DV, True, FOLD, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, BM, BN, BD, DP, DVP,
+        D, DV, True, FOLD, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, DROPOUT, BM, BN, BD, DP, DVP,
     )  # fmt: skip
 
     nothing = total == 0  # seen by a row: out is 0, the logarithm of the sum -inf
     total = tl.where(nothing, 1.0, total)
     logarithm = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * LN2)
-    acc *= (1.0 / total)[:, None]
+    if DROPOUT:
+        acc *= (factor / total)[:, None]
+    else:
+        acc *= (1.0 / total)[:, None]
     _store(out, lse, acc, logarithm, first_q + i, dv, i < rows, DV)
 
 
@@ -242,21 +263,23 @@ def _store(out, lse, acc, logarithm, row, dv, inside, DV: tl.constexpr):
 
 def forward(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, seed, left, right, softcap, scale, dropout_p):
     """pyarch::flash_attention__triton: (out (B, H, Sq, Dv) like q, lse (B, H, Sq) fp32); every input in place."""
-    if dropout_p > 0:
-        raise ValueError("dropout_p: this kernel has no dropout")
     check_memory(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
     rows = q.shape[2] if cu_q is None else q.shape[2] // (len(cu_q) - 1)
     with on_device_of(q):
         size, scored = padded(max(q.shape[3], v.shape[3])), bias is not None or mask is not None
-        config = config_for(rows, size, q.dtype, capability(), scored, all(map(whole, (q, k, v))))
+        config = config_for(rows, size, q.dtype, capability(), scored, all(map(whole, (q, k, v))), dropout_p > 0)
         out = q.new_empty((*q.shape[:3], v.shape[3]))
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        tensors = (q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
-        return launch(config, out, lse, *tensors, left, right, softcap, scale)
+        tensors = (q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, seed)
+        return launch(config, out, lse, *tensors, left, right, softcap, scale, dropout_p)
 
 
-def launch(config: Config, out, lse, q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, left, right, softcap, scale):
+def launch(
+    config: Config, out, lse, q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, seed,
+    left, right, softcap, scale, dropout_p,
+):  # fmt: skip
     """Fills and returns (out, lse), both contiguous, with the given config, on the current GPU."""
+    dropout = numbers(seed, dropout_p, q)
     if lse.numel() == 0:
         return out, lse
     (batch, heads, rows, d), (_, kv_heads, keys, dv) = q.shape, v.shape
@@ -270,7 +293,8 @@ def launch(config: Config, out, lse, q, k, v, sinks, bias, mask, slopes, cu_q, c
         out, lse, *operands(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k),
         batch * heads, heads, group, rows, keys, sequences, tiles, min(share, batch * heads),
         max(left, 0), max(right, 0), scale / softcap if softcap > 0 else scale * LOG2E.value, softcap * LOG2E.value,
-        **features, FOLD=scale >= 0 and softcap <= 0 and bias is None and mask is None and slopes is None,
+        *dropout, **features, DROPOUT=dropout_p > 0,
+        FOLD=scale >= 0 and softcap <= 0 and bias is None and mask is None and slopes is None,
         BM=config.block_m, BN=config.block_n, BD=min(config.block_d, features["DP"]),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -79,7 +79,10 @@ def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]
         *((d, d, 4096, dtype, f"{most} bias mask") for d in (64, 128, 256) for dtype in (bf16, fp32)),
         *((d, d, 4096, dtype, f"{most} bias mask") for d, dtype in ((127, bf16), (255, bf16), (255, fp32))),
         (128, 128, 4096, bf16, "bias"), (128, 128, 4096, fp16, ""), (96, 80, 4096, bf16, "causal"),
-        (64, 64, 4096, fp32, "causal"),
+        (64, 64, 4096, fp32, "causal"), (64, 64, 4096, fp32, "causal dropout"),
+        *((d, d, rows, bf16, f"{most} dropout") for d in (64, 128, 256) for rows in (4096, 48)),
+        *((d, d, 4096, bf16, f"{most} bias mask dropout") for d in (64, 128, 255, 256)),
+        *((d, d, 4096, fp32, f"{most} bias mask dropout") for d in (128, 255, 256)),
     ]:  # fmt: skip
         heads, keys = 8, 4096
         q, k, v = (torch.empty(1, *of, dtype=dtype) for of in ((heads, rows, d), (2, keys, d), (2, keys, dv)))
@@ -92,7 +95,9 @@ def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]
         left, right = 128 if "window" in features else -1, 0 if "window" in features or "causal" in features else -1
         numbers = left, right, 30.0 if "softcap" in features else 0.0, 0.125
         label = f"d{d} dv{dv} rows{rows} {dtype} {features.replace(' ', '+') or 'plain'}".replace("torch.", "")
-        arguments = (q, k, v, sinks, bias, mask, slopes, cu, cu, None, *numbers, 0.0)
+        dropout_p = 0.1 if "dropout" in features else 0.0
+        seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
+        arguments = (q, k, v, sinks, bias, mask, slopes, cu, cu, seed, *numbers, dropout_p)
         yield label, lambda arguments=arguments: flash_attention.forward(*arguments)
         for key, config in _tuned.shipped("flash_attention", flash_attention.Config, arch):
             if (key, features, dv) == (flash_attention.key_for(rows, d), most, d):

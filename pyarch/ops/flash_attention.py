@@ -194,8 +194,7 @@ def check(
         else:
             _args.shape("alibi_slopes", alibi_slopes, heads)
     _dropout.check(dropout_p, seed, device)
-    sizes = {"head_dim": head_dim, "value_dim": value_dim}
-    return {"device": _args.device_type(q), "dtype": dtype, **sizes, "dropout": dropout_p > 0}
+    return {"device": _args.device_type(q), "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
 
 
 def _broadcastable(name: str, x: torch.Tensor, full: tuple[int, ...]) -> None:
@@ -302,9 +301,7 @@ def _fake_backward(
 
 LIMITS = {
     "cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)}),
-    "triton": Limits(
-        "cuda", allowed={"dropout": (False,)}, ranges={"head_dim": (1, 256), "value_dim": (1, 256)}, capability=(8, 0)
-    ),
+    "triton": Limits("cuda", ranges={"head_dim": (1, 256), "value_dim": (1, 256)}, capability=(8, 0)),
 }
 FLASH_ATTENTION = Op(
     "flash_attention",
