@@ -1,9 +1,11 @@
 """Dropout in Triton's flash_attention: the weights that every backend drops; interpreted, or on the GPU."""
 
+import functools
+
 import pytest
 import torch
 from test_flash_attention import DTYPES, attend, combination, draw
-from test_flash_attention_dropout import DRAWS, kept, seed_of
+from test_flash_attention_dropout import DRAWS, gradients, kept, seed_of
 
 import pyarch
 from pyarch import arch, native
@@ -74,6 +76,19 @@ def test_sequences_lose_the_same_weights_padded_and_packed():
         alone = attend(q[:, :, :rows], k[:, :, :keys], v[:, :, :keys], **options)
         for found, true in zip(together, alone, strict=True):
             assert same(found[0, :, ends[0][n] : ends[0][n + 1]], true[n])
+
+
+def test_gradients():
+    """By kernels or by the reference's formulas: with the weights that the forward dropped."""
+    tensors, options = (
+        draw(torch.float32, heads=4, kv_heads=2, rows=20, keys=70, d=16),
+        {"causal": True, "dropout_p": 0.4},
+    )
+    truth = gradients(flash_attention_reference, [t.double() for t in tensors], options | {"seed": seed_of(9)})
+    ours = functools.partial(attend, backend="triton")
+    found = gradients(ours, [t.to(DEVICE) for t in tensors], options | {"seed": seed_of(9).to(DEVICE)})
+    for name, true in truth.items():
+        torch.testing.assert_close(found[name].double().cpu(), true, rtol=1e-5, atol=1e-5)
 
 
 def test_without_dropout_a_seed_changes_nothing():

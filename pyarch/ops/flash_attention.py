@@ -233,7 +233,8 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_lse):
         out, lse, *tensors = ctx.saved_tensors
-        if ctx.backend not in NATIVE_GRADIENT:
+        dropout_p = ctx.options[4]
+        if ctx.backend not in (DROPOUT_GRADIENT if dropout_p > 0 else NATIVE_GRADIENT):
             return None, None, *_attention_formulas.gradients(ctx.options, d_out, d_lse, *tensors)
         wanted = ctx.needs_input_grad[2:]
         call = ctx.backend, ctx.options, wanted, out.detach(), lse.detach(), d_out, d_lse, *tensors
@@ -299,6 +300,7 @@ def _fake_backward(
     return *(x.new_empty(x.shape) for x in (q, k, v)), *numbers
 
 
+DROPOUT_GRADIENT = ("cpu",)  # the backends whose gradient kernels know dropout
 LIMITS = {
     "cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)}),
     "triton": Limits("cuda", ranges={"head_dim": (1, 256), "value_dim": (1, 256)}, capability=(8, 0)),
