@@ -221,7 +221,9 @@ inline void prefetch_scales(const PagedAttention& a, const PagedCache& scales, c
   int64_t at[kSplit];
   a.offsets(scales, s, r.start + r.low, r.start + r.high, at);
   const float* from = reinterpret_cast<const float*>(scales.data) + r.head_begin * scales.head_stride;
-  for (int64_t i = 0; i < r.high - r.low; ++i) __builtin_prefetch(from + at[i]);
+  for (int64_t i = 0; i < r.high - r.low; ++i)
+    for (int64_t h = 0; h < r.head_end - r.head_begin; ++h)
+      __builtin_prefetch(from + at[i] + h * scales.head_stride);
 }
 
 // Probabilities in place of scores, and m and l of each lane.
