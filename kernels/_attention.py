@@ -105,10 +105,11 @@ def sequence_of(tile, cu, other, sequences, total, other_total, BLOCK: tl.conste
 
 
 @triton.jit
-def store_tile(to, x, n, d, inside, D: tl.constexpr):
-    """Rows n [N] of a dense matrix with D columns, rounded once. x: [N, DP]."""
-    cells = to + n.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(cells, narrow(x, to.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+def store_tile(to, x, count, D: tl.constexpr):
+    """The first count rows of x [N, DP], rounded once, to rows of a dense matrix with D columns."""
+    n, d = tl.arange(0, x.shape[0]), tl.arange(0, x.shape[1])
+    cells = to + n[:, None] * D + d[None, :]
+    tl.store(cells, narrow(x, to.dtype.element_ty), mask=(n < count)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -184,8 +185,8 @@ def check_memory(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k):
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v: must be 4-dimensional float32, float16 or bfloat16, not {q.dtype} {tuple(q.shape)}")
     (batch, heads, rows, d), (_, kv_heads, keys, dv) = q.shape, v.shape
-    if not (0 < d <= 256 and 0 < dv <= 256) or max(rows, keys) >= 2**30:
-        raise ValueError(f"q: head sizes must be 1 to 256 and lengths below 2^30, not {d}, {dv} and {rows}, {keys}")
+    if not (0 < d <= 256 and 0 < dv <= 256) or max(rows, keys) >= 2**29:
+        raise ValueError(f"q: head sizes must be 1 to 256 and lengths below 2^29, not {d}, {dv} and {rows}, {keys}")
     if heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"k: its {kv_heads} heads must divide q's {heads}")
     if (cu_q is None) != (cu_k is None) or (cu_q is not None and (cu_q.dim() != 1 or len(cu_q) < 2 or batch != 1)):

@@ -106,7 +106,34 @@ def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]
                 yield f"tuned {config} {label}", call
 
 
-TRITON = {"quant_matmul": quant_matmul_calls, "flash_attention": flash_attention_calls}
+def flash_attention_backward_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every config of config_for, with the features of language models and with all that it is for together."""
+    from pyarch.kernels import flash_attention_backward
+
+    plain, most = "packed window sinks", "packed window sinks softcap alibi bias mask"
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for d, dtype, features in [
+        *((d, bf16, f) for d in (64, 128, 256) for f in (plain, most)), (128, bf16, "causal"),
+        *((d, fp32, most) for d in (128, 256)),
+    ]:  # fmt: skip
+        heads, rows, keys = 8, 4096, 4096
+        q, k, v, out = (torch.empty(1, of, rows, d, dtype=dtype) for of in (heads, 2, 2, heads))
+        lse, cu = torch.empty(1, heads, rows), torch.empty(5, dtype=torch.int32) if "packed" in features else None
+        bias = torch.empty(1, 1, rows, keys) if "bias" in features else None
+        mask = torch.empty(rows, keys, dtype=torch.bool).expand(1, heads, rows, keys) if "mask" in features else None
+        sinks, slopes = (torch.empty(heads) if name in features else None for name in ("sinks", "alibi"))
+        left, right = 128 if "window" in features else -1, 0 if "window" in features or "causal" in features else -1
+        numbers = left, right, 30.0 if "softcap" in features else 0.0, 0.125, 0.0, bias is not None, slopes is not None
+        label = f"d{d} {dtype} {features.replace(' ', '+') or 'plain'}".replace("torch.", "")
+        arguments = (out, lse, out, lse, q, k, v, sinks, bias, mask, slopes, cu, cu, None, *numbers)
+        yield label, lambda arguments=arguments: flash_attention_backward.backward(*arguments)
+
+
+TRITON = {
+    "quant_matmul": quant_matmul_calls,
+    "flash_attention": flash_attention_calls,
+    "flash_attention_backward": flash_attention_backward_calls,
+}
 
 
 class NullDriver:
@@ -136,10 +163,11 @@ def triton_kernels(folder: Path) -> Iterator[tuple[str, Costs]]:
             for label, call in calls(arch):
                 built.clear()
                 call()
-                for name, binary, shared in built:
+                for i, (name, binary, shared) in enumerate(built):
                     cubin = folder / "triton.cubin"
                     cubin.write_bytes(binary)
-                    yield f"{op} {name} {label} sm_{arch}", {**costs(cubin)[name], "shared": shared}
+                    again = " again" * sum(other == name for other, _, _ in built[:i])  # with other constants
+                    yield f"{op} {name} {label}{again} sm_{arch}", {**costs(cubin)[name], "shared": shared}
 
 
 def cuda_kernels(folder: Path, nvcc: str) -> Iterator[tuple[str, Costs]]:

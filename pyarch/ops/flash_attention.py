@@ -31,8 +31,9 @@ one is drawn from torch's generator of q's device.
 
 Scores, softmax and sums are fp32 and out is rounded once; products of bf16 inputs are bf16 dot products, for which the
 probabilities are rounded to bf16. On the CPU a row is bitwise the same for any batch and any number of threads.
-Gradients, of lse too: on the CPU a native kernel, in memory linear in the sequence, the same bits for any number of
-threads; elsewhere, and for a second derivative, the reference's formulas, in memory quadratic in the sequence.
+Gradients, of lse too: native kernels on cpu and triton, in memory linear in the sequence, the same bits on every run
+and for any number of threads; a second derivative, and that of dropout on triton, by the reference's formulas, in
+memory quadratic in the sequence.
 Errors: TypeError or ValueError naming the argument.
 Dao et al., FlashAttention, 2022; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
@@ -309,10 +310,10 @@ FLASH_ATTENTION = Op(
     "flash_attention",
     LIMITS,
     check,
-    "on cpu a native kernel, memory linear; a second derivative, and other backends, by the reference's formulas in"
-    " PyTorch operations: memory quadratic",
+    "on cpu and triton a native kernel, memory linear; a second derivative, and dropout on triton, by the reference's"
+    " formulas in PyTorch operations: memory quadratic",
 )
-NATIVE_GRADIENT = ("cpu",)  # the backends that have one
+NATIVE_GRADIENT = ("cpu", "triton")  # the backends that have one
 define(
     "flash_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? alibi_slopes,"
@@ -328,6 +329,7 @@ define(
     " int right, float softcap, float scale, float dropout_p, bool bias_gradient, bool slopes_gradient)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+    triton="flash_attention_backward:backward",
 )
 
 OPS = {flash_attention: FLASH_ATTENTION}
