@@ -91,7 +91,7 @@ struct Range {
 template <class T>
 inline void set_pace(const PagedAttention& a, Range& r) {
   const int64_t row = a.v.dim * static_cast<int64_t>(sizeof(T));
-  r.block = std::clamp<int64_t>((a.group > 1 ? 1024 : 512) / row, 1, kMost);
+  r.block = std::clamp<int64_t>((a.group > 1 ? (kScaled<T> ? 2048 : 1024) : 512) / row, 1, kMost);
   r.ahead = std::clamp<int64_t>((8 << 10) / (row * (r.head_end - r.head_begin)), r.block, kMost);
 }
 
