@@ -129,10 +129,41 @@ def flash_attention_backward_calls(arch: int) -> Iterator[tuple[str, Callable[[]
         yield label, lambda arguments=arguments: flash_attention_backward.backward(*arguments)
 
 
+def paged_kv_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Both routes in every config of config_for, pages smaller and larger than a tile, int8 caches, and the append."""
+    from pyarch.kernels import paged_kv
+
+    most = "window sinks softcap"
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for d, page_size, dtype, features in [
+        *((d, 16, bf16, most) for d in (64, 128, 256)), *((d, 16, fp32, most) for d in (64, 128, 256)),
+        *((d, 16, dtype, most) for d in (127, 255) for dtype in (bf16, fp32)),
+        *((d, 16, bf16, f"{most} int8") for d in (64, 128, 256)),
+        (128, 128, bf16, "causal"), (80, 5, fp16, most), (128, 16, bf16, "decode"),
+    ]:  # fmt: skip
+        batch, rows, heads, kv_heads = 4, 1 if features == "decode" else 512, 32, 8
+        q, int8 = torch.empty(batch * rows, heads, d, dtype=dtype), "int8" in features
+        caches = torch.empty(2, 64, page_size, kv_heads, d, dtype=torch.int8 if int8 else dtype)
+        scales = torch.empty(2, 64, page_size, kv_heads) if int8 else (None, None)
+        table, lens, cu = (torch.empty(shape, dtype=torch.int32) for shape in ((batch, 2048), batch, batch + 1))
+        sinks = torch.empty(heads) if "sinks" in features else None
+        left, softcap = 128 if "window" in features else -1, 30.0 if "softcap" in features else 0.0
+        label = f"d{d} page{page_size} {dtype} {features.replace(' ', '+')}".replace("torch.", "")
+        arguments = (q, *caches, table, lens, None if rows == 1 else cu, sinks, *scales, True, left, -1, softcap, 0.125)
+        yield label, lambda arguments=arguments: paged_kv.forward(*arguments)
+    for d, int8 in ((128, False), (80, False), (128, True)):
+        k, slots = torch.empty(64, 8, d, dtype=bf16), torch.empty(64, dtype=torch.int64)
+        cache, scale = torch.empty(4, 16, 8, d, dtype=torch.int8 if int8 else bf16), torch.empty(4, 16, 8)
+        scales = (scale, scale) if int8 else (None, None)
+        label = f"d{d} bfloat16" + " int8" * int8
+        yield label, lambda a=(k, k, cache, cache, slots, *scales): paged_kv.append(*a)
+
+
 TRITON = {
     "quant_matmul": quant_matmul_calls,
     "flash_attention": flash_attention_calls,
     "flash_attention_backward": flash_attention_backward_calls,
+    "paged_kv": paged_kv_calls,
 }
 
 

@@ -22,5 +22,5 @@ def scaling(softcap: float, scale: float | None) -> None:
     """Checks softcap and scale."""
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: must be finite and at least 0 (0: none), not {softcap}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # torch.compile cannot follow math.isfinite
         raise ValueError(f"scale: must be None or finite, not {scale}")

@@ -65,7 +65,8 @@ def check(
     _attention.scaling(softcap, scale)
     if sinks is not None:
         _args.tensor("sinks", sinks, dtypes=(q.dtype, torch.float32), device=device, shape=(heads,))
-    return _facts(q, k_cache, v_cache, _args.needs_grad(q, k_cache, v_cache, sinks, k_scale, v_scale), batch)
+    gradient = _args.needs_grad(q, k_cache, v_cache, sinks, k_scale, v_scale)
+    return {**_facts(q, k_cache, v_cache, gradient, batch), "positions": block_table.shape[1] * k_cache.shape[1]}
 
 
 def check_caches(k_cache: Any, v_cache: Any, k_scale: Any, v_scale: Any, *, written: bool = False) -> tuple[int, ...]:

@@ -38,8 +38,9 @@ reference raise before anything is read or written. CUDA kernels cannot, since t
 nothing outside their arguments, and give NaN to the rows of a sequence whose length is not possible, to rows that
 attend to a position whose table entry is not a page, and to all rows if cu_seqlens_q does not rise from 0 to total_q.
 
-For inference: a call that autograd would record runs on the reference. On CUDA paged_attention takes few rows, 16 a
-sequence on average. Not supported: fp8 caches, tree masks, values of another head size than keys.
+For inference: a call that autograd would record runs on the reference. On GPUs few rows, 16 a sequence on average, run
+in CUDA C++ where it takes the layout, and all else in Triton, which rounds probabilities, and values of int8 caches, to
+the dtype of q. Not supported: fp8 caches, tree masks, values of another head size than keys.
 Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023; Dao et al.,
 Flash-Decoding for long-context inference, 2023.
 """
@@ -143,6 +144,7 @@ KV_APPEND = Op(
     {
         "cpu": Limits("cpu", unless=inference_only),
         "cuda": Limits("cuda", capability=(8, 0), unless=inference_only),
+        "triton": Limits("cuda", capability=(8, 0), unless=inference_only),
     },
     check_append,
     "on the reference: in-place indexing in PyTorch",
@@ -151,12 +153,15 @@ PAGED_ATTENTION = Op(
     "paged_attention",
     {
         "cpu": Limits("cpu", unless=inference_only),
-        # It reads the cache once for every 8 query vectors of a key head, so prompts are not for it.
+        # It reads the cache once for every 8 query vectors of a key head, so prompts are for Triton.
         "cuda": Limits(
             "cuda",
             ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)},
             capability=(8, 0),
             unless=in_pieces,
+        ),
+        "triton": Limits(
+            "cuda", ranges={"head_dim": (1, 256), "positions": (0, 2**30)}, capability=(8, 0), unless=inference_only
         ),
     },
     check,
@@ -167,6 +172,7 @@ define(
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor(c!)? k_scale,"
     " Tensor(d!)? v_scale) -> ()",
     _append_fake,
+    triton="paged_kv:append",
 )
 define(
     "paged_attention",
@@ -174,6 +180,7 @@ define(
     " Tensor? sinks, Tensor? k_scale, Tensor? v_scale, bool causal, int window_left, int window_right, float softcap,"
     " float scale) -> (Tensor, Tensor)",
     _attention_fake,
+    triton="paged_kv:forward",
 )
 
 OPS = {kv_append: KV_APPEND, paged_attention: PAGED_ATTENTION}
