@@ -1,5 +1,7 @@
 """What only a GPU can show: streams, graphs, devices, and that a bad index harms nobody."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import pyarch
 from pyarch._instruments import same
 from pyarch.ops.paged_kv import kv_append_reference
 
+KERNELS = ("cuda", "triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -22,27 +25,35 @@ def quant_matmul_packed():
     return x, lambda: pyarch.quant_matmul(x, w, activation="silu", backend="cuda")
 
 
-def paged_kv_append():
+def paged_kv_append(backend="cuda"):
     k, v = torch.randn(2, 6, 2, 64, device="cuda", dtype=torch.bfloat16)
     caches = [torch.zeros(4, 8, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     slots = torch.tensor([3, 31, -1, 0, 17, 9], device="cuda")
 
     def call():
-        pyarch.kv_append(k, v, *caches, slots, backend="cuda")
+        pyarch.kv_append(k, v, *caches, slots, backend=backend)
         return caches[0] + caches[1]
 
     return k, call
 
 
-def paged_kv_attention():
+def paged_kv_attention(backend="cuda"):
     caches = torch.randn(2, 80, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
     table = torch.randperm(80, device="cuda").to(torch.int32).view(2, 40)
     lens = torch.tensor([600, 37], device="cuda", dtype=torch.int32)
     q = torch.randn(2, 8, 64, device="cuda", dtype=torch.bfloat16)
-    return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
+    return q, lambda: pyarch.paged_attention(q, *caches, table, lens, backend=backend)
 
 
-def paged_kv_int8():
+def paged_kv_prompts():
+    caches = torch.randn(2, 80, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(80, device="cuda").to(torch.int32).view(2, 40)
+    lens, starts = (torch.tensor(n, device="cuda", dtype=torch.int32) for n in ([600, 37], [0, 200, 201]))
+    q = torch.randn(201, 8, 64, device="cuda", dtype=torch.bfloat16)
+    return q, lambda: pyarch.paged_attention(q, *caches, table, lens, cu_seqlens_q=starts, backend="triton")
+
+
+def paged_kv_int8(backend="cuda"):
     k, v = torch.randn(2, 48, 2, 64, device="cuda", dtype=torch.bfloat16)
     caches = torch.zeros(2, 3, 16, 2, 64, device="cuda", dtype=torch.int8)
     scales = dict(zip(("k_scale", "v_scale"), torch.zeros(2, 3, 16, 2, device="cuda"), strict=True))
@@ -50,8 +61,8 @@ def paged_kv_int8():
     lens, q = torch.tensor([41], device="cuda", dtype=torch.int32), k[:1].repeat(1, 4, 1)
 
     def call():
-        pyarch.kv_append(k, v, *caches, slots, **scales, backend="cuda")
-        return pyarch.paged_attention(q, *caches, table, lens, **scales, backend="cuda")
+        pyarch.kv_append(k, v, *caches, slots, **scales, backend=backend)
+        return pyarch.paged_attention(q, *caches, table, lens, **scales, backend=backend)
 
     return k, call
 
@@ -59,14 +70,13 @@ def paged_kv_int8():
 def flash_attention():
     q, k, v = (torch.randn(1, heads, 200, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu = torch.tensor([0, 130, 130, 200], device="cuda", dtype=torch.int32)
-    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "dropout_p": 0.25, "seed": torch.tensor(7, device="cuda")}
     return q, lambda: pyarch.flash_attention(q, k, v, causal=True, **packed, backend="triton")
 
 
 def flash_attention_gradient():
     q, k, v = (torch.randn(1, heads, 200, 64, device="cuda").requires_grad_() for heads in (4, 2, 2))
-    with torch.no_grad():
-        source = torch.randn_like(q)
+    source = torch.randn(1, 4, 200, 64, device="cuda")
 
     def call():
         out = pyarch.flash_attention(q, k, v, causal=True, backend="triton")
@@ -75,10 +85,9 @@ def flash_attention_gradient():
     return source, call
 
 
-MAKERS = (
-    quant_matmul, quant_matmul_packed, paged_kv_append, paged_kv_attention, paged_kv_int8, flash_attention,
-    flash_attention_gradient,
-)  # fmt: skip
+MAKERS = [quant_matmul, quant_matmul_packed, paged_kv_prompts, flash_attention, flash_attention_gradient]
+for one in (paged_kv_append, paged_kv_attention, paged_kv_int8):
+    MAKERS += [pytest.param(functools.partial(one, backend), id=f"{one.__name__}-{backend}") for backend in KERNELS]
 CALLS = pytest.mark.parametrize("make", MAKERS)
 
 
@@ -113,37 +122,40 @@ def test_can_be_captured(make):
         assert same(replayed, call())
 
 
-def test_paged_kv_bad_slots_are_skipped():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_paged_kv_bad_slots_are_skipped(backend):
     k, v = torch.randn(2, 5, 2, 8, device="cuda")
     caches = [torch.randn(3, 4, 2, 8, device="cuda") for _ in range(2)]
     want = [cache.cpu() for cache in caches]
     kv_append_reference(k[:1].cpu(), v[:1].cpu(), *want, torch.tensor([7]))
     slots = torch.tensor([7, 12, -2, 2**62, -(2**62)], device="cuda")
-    pyarch.kv_append(k, v, *caches, slots, backend="cuda")
+    pyarch.kv_append(k, v, *caches, slots, backend=backend)
     torch.cuda.synchronize()
     assert all(same(cache.cpu(), right) for cache, right in zip(caches, want, strict=True))
 
 
-def test_paged_kv_bad_indices_give_nan():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_paged_kv_bad_indices_give_nan(backend):
     """What the host cannot check without waiting."""
     caches = torch.randn(2, 8, 16, 2, 64, device="cuda")
     q = torch.randn(3, 4, 64, device="cuda")
     table = torch.tensor([[1, 2], [3, 2**31 - 1], [-1, 4]], device="cuda", dtype=torch.int32)
     lens = torch.tensor([20, 17, -1], device="cuda", dtype=torch.int32)
-    out = pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
+    out = pyarch.paged_attention(q, *caches, table, lens, backend=backend)
     assert out[0].isfinite().all()
     assert out[1:].isnan().all()
 
 
-def test_paged_kv_has_the_same_bits_alone():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_paged_kv_has_the_same_bits_alone(backend):
     caches = torch.randn(2, 300, 16, 2, 64, device="cuda", dtype=torch.float16)
     lens = torch.tensor([1500, 3, 2999], device="cuda", dtype=torch.int32)
     table = torch.randperm(300, device="cuda").to(torch.int32)[:200].expand(3, 200).contiguous()
     q = torch.randn(3, 8, 64, device="cuda", dtype=torch.float16)
-    together = pyarch.paged_attention(q, *caches, table, lens, backend="cuda")
+    together = pyarch.paged_attention(q, *caches, table, lens, backend=backend)
     for repeat in range(20):
         b = repeat % 3
-        alone = pyarch.paged_attention(q[b : b + 1], *caches, table[b : b + 1], lens[b : b + 1], backend="cuda")
+        alone = pyarch.paged_attention(q[b : b + 1], *caches, table[b : b + 1], lens[b : b + 1], backend=backend)
         assert same(alone, together[b : b + 1])
 
 
