@@ -288,7 +288,11 @@ def paged_decode(batch: int, length: int, heads: int, kv_heads: int, int8: bool 
 
         flops = 4.0 * count * heads * pages * 16 * dim
         if not int8:
-            return Entry({f"pyarch {ours}": paged, "torch SDPA, contiguous": dense}, copies, flops, 2.0 * elements)
+            calls = {f"pyarch {ours}": paged, "torch SDPA, contiguous": dense}
+            if device.type == "cuda":
+                other = functools.partial(pyarch.paged_attention, backend="triton")
+                calls["pyarch triton"] = lambda i: other(q, *caches[i], tables[i], lens)
+            return Entry(calls, copies, flops, 2.0 * elements)
         codes = [torch.randint(-127, 128, cache.shape, dtype=torch.int8, device=device) for cache in caches]
         scales = [torch.rand(cache.shape[:-1], device=device) / 64 for cache in caches]
 
@@ -296,6 +300,37 @@ def paged_decode(batch: int, length: int, heads: int, kv_heads: int, int8: bool 
             return attend(q, *codes[i], tables[i], lens, k_scale=scales[i][0], v_scale=scales[i][1])
 
         return Entry({f"pyarch {ours} int8": rounded, "our bf16": paged}, copies, flops, elements * (1 + 4 / dim))
+
+    return make
+
+
+def paged_prompt(batch: int, rows: int, length: int) -> Callable[[torch.device, bool], Entry]:
+    """New rows of each sequence, causal, against bf16 pages of 16; the peers have contiguous keys and values."""
+
+    def make(device: torch.device, small: bool) -> Entry:
+        heads, kv_heads, dim = (4, 2, 64) if small else (32, 8, 128)
+        count, new, old = (2, 16, 32) if small else (batch, rows, length)
+        caches = randn(2, count * old // 16, 16, kv_heads, dim, device=device)
+        table = torch.randperm(count * old // 16, device=device).int().view(count, old // 16)
+        lens = torch.full((count,), old, dtype=torch.int32, device=device)
+        starts = torch.arange(0, count * new + 1, new, dtype=torch.int32, device=device)
+        q = randn(count * new, heads, dim, device=device)
+        k, v = caches.view(2, count, old, kv_heads, dim).transpose(2, 3).contiguous()
+        batched = q.view(count, new, heads, dim).transpose(1, 2).contiguous()
+        seen = torch.ones(new, old, dtype=torch.bool, device=device).tril(old - new)
+        ours = "triton" if device.type == "cuda" else "auto"
+        calls = {
+            f"pyarch {ours}": lambda _: pyarch.paged_attention(
+                q, *caches, table, lens, cu_seqlens_q=starts, backend=ours
+            ),
+            "our flash_attention, contiguous": lambda _: pyarch.flash_attention(
+                batched, k, v, causal=True, backend=ours
+            ),
+            "torch SDPA, contiguous": lambda _: F.scaled_dot_product_attention(
+                batched, k, v, attn_mask=seen, enable_gqa=True
+            ),
+        }
+        return Entry(calls, copies=1, flops=4.0 * count * heads * dim * (new * (old - new) + new * (new + 1) / 2))
 
     return make
 
@@ -339,3 +374,5 @@ def cases() -> Iterator[Case]:
         if shape != (1, 4096, 32, 8):
             label = "B{} KV{} H{}/{} D128".format(*shape)
             yield Case("bench", "paged_kv decode int8", label, paged_decode(*shape, int8=True))
+    for shape in ((1, 2048, 2048), (1, 512, 8192), (8, 256, 2048)):
+        yield Case("bench", "paged_kv prompt", "B{} rows {} KV{} H32/8 D128".format(*shape), paged_prompt(*shape))

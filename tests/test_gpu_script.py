@@ -31,7 +31,8 @@ def test_dry_run(part, tmp_path):
     works = {
         "peers": "ceiling, attention, conv2d, lstm",
         "bench": "flash_attention, flash_attention gradient, flash_attention feature, quant_matmul int4 g128,"
-        " quant_matmul int4 g32, quant_matmul W8A8, paged_kv append, paged_kv decode, paged_kv decode int8",
+        " quant_matmul int4 g32, quant_matmul W8A8, paged_kv append, paged_kv decode, paged_kv decode int8,"
+        " paged_kv prompt",
     }
     assert {r["work"] for r in records} == set(works[part].split(", "))
     for r in records:
