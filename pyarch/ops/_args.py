@@ -55,7 +55,8 @@ _copies = [0, 0]
 
 def copies() -> tuple[int, int]:
     """(how many, their bytes): the copies that ops have made, since the process began, of arguments that lie in memory
-    as their kernel cannot read them. Each op says which it copies. Compiled functions are not counted."""
+    as their kernel cannot read them. Each op says which it copies. Not counted: in compiled functions, and what the
+    gradient of flash_attention pads in Triton (kernels/flash_attention_backward.py)."""
     return _copies[0], _copies[1]
 
 
