@@ -30,6 +30,8 @@ PYTEST := $(PY) -m pytest $(ARGS)
 SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 BUILT := .cache/built-$(notdir $(ENV))-$(or $(PYARCH_CUDA),auto)
 INTERPRETED := tests/test_triton_*.py
+# The interpreter is Python and takes one core; two processes where pytest-xdist is installed.
+PARALLEL = $(if $(shell $(PY) -c 'import xdist' 2>/dev/null && echo yes),-n 2)
 WEIGHTS := .cache/smollm2
 
 .PHONY: help demo test check bench compile gpu sanitize fuzz build readme dist clean
@@ -67,7 +69,7 @@ demo: $(BUILT) $(WEIGHTS)/done  ## a real model answers, on pyarch's kernels and
 test: $(BUILT) $(WEIGHTS)/done  ## everything that CI proves
 	@status=0; run() { echo; echo "== $$*"; env "$$@" || status=1; }; \
 	run $(PYTEST) --ignore-glob='$(INTERPRETED)'; \
-	run TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED); \
+	run TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) $(INTERPRETED); \
 	for isa in $$($(PY) -c 'from pyarch import arch; print(*arch.cpu_isas()[1:])'); do \
 	  run PYARCH_CPU_ISA=$$isa $(PYTEST) -m forward --ignore-glob='$(INTERPRETED)'; \
 	done; exit $$status
