@@ -76,6 +76,36 @@ def scores_of(
 
 
 @triton.jit
+def soften(s, m, total, scale, FOLD: tl.constexpr):
+    """A step of the softmax: (p, by what acc shrinks, m, total) after scores s [BM, BN]; FOLD: yet to be scaled."""
+    top = tl.max(s, 1)  # [BM]
+    if FOLD:
+        top *= scale
+    top = tl.maximum(m, top)
+    base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen so far: no -inf - -inf
+    if FOLD:
+        p = tl.exp2(s * scale - base[:, None])
+    else:
+        p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(m - base)
+    return p, shrink, top, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def range_of(first, last, left, right, count, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """(low, high, full_low, full_high): what of 0 to count the positions from first to last see, and, in tiles of
+    BLOCK, what all of them see. low, full_low and full_high are multiples of BLOCK."""
+    low, high, full_low, full_high = 0, count, 0, count
+    if LEFT:
+        low = tl.maximum(first - left, 0) // BLOCK * BLOCK
+        full_low = tl.cdiv(tl.maximum(last - left, 0), BLOCK) * BLOCK
+    if RIGHT:
+        high = tl.minimum(count, tl.maximum(last + right + 1, 0))
+        full_high = tl.minimum(count, tl.maximum(first + right + 1, 0))
+    return low, high, full_low, tl.maximum(full_high // BLOCK * BLOCK, full_low)
+
+
+@triton.jit
 def place_of(program, heads, tiles, share):
     """(tile, head) of a program: those that run together belong to `share` heads, tile 0 of each first."""
     first = program // (share * tiles) * share

@@ -10,6 +10,7 @@ from pyarch.kernels._attention import (
     logarithm,
     place_of,
     product,
+    range_of,
     scores_of,
     sequence_of,
     store_tile,
@@ -141,14 +142,7 @@ def rows_kernel(
 
     shift = keys - rows
     begin, end = i0 + shift, tl.minimum(i0 + BM, rows) - 1 + shift  # positions of the first and the last row
-    low, high, full_low, full_high = 0, keys, 0, keys
-    if LEFT:
-        low = tl.maximum(begin - left, 0) // BN * BN
-        full_low = tl.cdiv(tl.maximum(end - left, 0), BN) * BN
-    if RIGHT:
-        high = tl.minimum(keys, tl.maximum(end + right + 1, 0))
-        full_high = tl.minimum(keys, tl.maximum(begin + right + 1, 0))
-    full_high = tl.maximum(full_high // BN * BN, full_low)
+    low, high, full_low, full_high = range_of(begin, end, left, right, keys, LEFT, RIGHT, BN)
     gap = full_high - full_low
 
     zeros = tl.zeros((BM,), tl.float32)
@@ -293,14 +287,8 @@ def keys_kernel(
 
     shift = keys - rows
     last = tl.minimum(j0 + BN, keys) - 1
-    low, high, full_low, full_high = 0, rows, 0, rows
-    if RIGHT:
-        low = tl.maximum(j0 - right - shift, 0) // BM * BM
-        full_low = tl.cdiv(tl.maximum(last - right - shift, 0), BM) * BM
-    if LEFT:
-        high = tl.minimum(rows, tl.maximum(last + left - shift + 1, 0))
-        full_high = tl.minimum(rows, tl.maximum(j0 + left - shift + 1, 0))
-    full_high = tl.where(last - j0 == BN - 1, tl.maximum(full_high // BM * BM, full_low), full_low)
+    low, high, full_low, full_high = range_of(j0 - shift, last - shift, right, left, rows, RIGHT, LEFT, BM)
+    full_high = tl.where(last - j0 == BN - 1, full_high, full_low)
     gap = full_high - full_low
 
     d_k_tile, d_v_tile = tl.zeros((BN, DP), tl.float32), tl.zeros((BN, DVP), tl.float32)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pyarch.kernels._attention import load_tile, tanh
+from pyarch.kernels._attention import load_tile, range_of, soften, tanh
 from pyarch.kernels._common import bound, dot, narrow
 
 
@@ -74,18 +74,7 @@ def _attend(
         else:
             lost = tl.where(good, lost, 1)
 
-        top = tl.max(s, 1)  # [BM]
-        if FOLD and not EDGE:
-            top *= scale
-        top = tl.maximum(m, top)
-        base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen so far: no -inf - -inf
-        if FOLD and not EDGE:
-            p = tl.exp2(s * scale - base[:, None])
-        else:
-            p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(m - base)
-        total = total * shrink + tl.sum(p, 1)
-        m = top
+        p, shrink, m, total = soften(s, m, total, scale, FOLD and not EDGE)
         v_tile = load_tile(v_rows, tl.arange(0, DP), 1, inside, EDGE, D, DP)  # [BN, DP]
         if INT8:
             factor = tl.load(v_scale + page * stride_bp + slot * stride_bn, mask=inside, other=0.0)  # [BN]
@@ -137,14 +126,7 @@ def walk(
 ):  # fmt: skip
     """(acc, m, total) of a tile's rows over the positions from begin to end, which are multiples of BN or beyond."""
     q = load_tile(q_rows, tl.arange(0, BD), 1, position < length, False, D, DP)  # [BM, DP]; not used where BD < DP
-    low, high, full_low, full_high = 0, length, 0, length
-    if LEFT:
-        low = tl.maximum(first - left, 0) // BN * BN
-        full_low = tl.cdiv(tl.maximum(last - left, 0), BN) * BN
-    if RIGHT:
-        high = tl.minimum(length, tl.maximum(last + right + 1, 0))
-        full_high = tl.minimum(length, tl.maximum(first + right + 1, 0))
-    full_high = tl.maximum(full_high // BN * BN, full_low)
+    low, high, full_low, full_high = range_of(first, last, left, right, length, LEFT, RIGHT, BN)
     low, high = tl.maximum(low, begin), tl.minimum(high, end)
     full_low = tl.minimum(tl.maximum(full_low, begin), end)
     full_high = tl.minimum(tl.maximum(full_high, begin), end)

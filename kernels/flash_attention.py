@@ -38,8 +38,10 @@ from pyarch.kernels._attention import (
     operands,
     padded,
     place_of,
+    range_of,
     scores_of,
     sequence_of,
+    soften,
     whole,
     window_of,
 )
@@ -136,18 +138,7 @@ def _attend(
             left, right, scale, cap, slope,
             EDGE, EDGE or not FOLD, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, dtype == tl.float32,
         )  # fmt: skip
-        top = tl.max(s, 1)  # [BM]
-        if FOLD and not EDGE:
-            top *= scale
-        top = tl.maximum(m, top)
-        base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen so far: no -inf - -inf
-        if FOLD and not EDGE:
-            p = tl.exp2(s * scale - base[:, None])
-        else:
-            p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(m - base)
-        total = total * shrink + tl.sum(p, 1)
-        m = top
+        p, shrink, m, total = soften(s, m, total, scale, FOLD and not EDGE)
         if DROPOUT:
             p = tl.where(kept(seed, threshold, sequence, h, i, start, BN), p, 0.0)
         v_tile = load_tile(v_rows, dv, stride_vd, inside, EDGE, DV, DVP)  # [BN, DVP]
@@ -218,14 +209,7 @@ def _forward_kernel(
 
     shift = keys - rows
     begin, end = i0 + shift, tl.minimum(i0 + BM, rows) - 1 + shift  # positions of the first and the last row
-    low, high, full_low, full_high = 0, keys, 0, keys
-    if LEFT:
-        low = tl.maximum(begin - left, 0) // BN * BN
-        full_low = tl.cdiv(tl.maximum(end - left, 0), BN) * BN
-    if RIGHT:
-        high = tl.minimum(keys, tl.maximum(end + right + 1, 0))
-        full_high = tl.minimum(keys, tl.maximum(begin + right + 1, 0))
-    full_high = tl.maximum(full_high // BN * BN, full_low)
+    low, high, full_low, full_high = range_of(begin, end, left, right, keys, LEFT, RIGHT, BN)
     gap = full_high - full_low
     position = i + shift
     acc, m, total = _attend(
