@@ -3,7 +3,7 @@
 #   WHEEL_INDEX=URL      take torch from this index, such as PyTorch's CPU wheels (no CUDA packages)
 #   PYTHON=python3       the Python (3.11 or newer) that makes the environment
 #   ENV=active           use the Python and the packages that are active, install nothing
-#   ARGS="-k name"       more arguments for pytest
+#   ARGS="-k name"       more arguments for pytest, or for what the target runs: make demo ARGS="--device cuda"
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -63,7 +63,7 @@ $(WEIGHTS)/done: $(READY)
 	@touch $@
 
 demo: $(BUILT) $(WEIGHTS)/done  ## a real model answers, on pyarch's kernels and on plain PyTorch
-	$(PY) -m pyarch demo
+	$(PY) -m pyarch demo $(ARGS)
 
 # The whole suite on the best CPU library; Triton's interpreter, in a process of its own; the rest of the CPU libraries.
 test: $(BUILT) $(WEIGHTS)/done  ## everything that CI proves

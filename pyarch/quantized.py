@@ -108,7 +108,7 @@ class _Weight:
         for name, dtypes in (("scale", _SCALE_DTYPES), ("zero", _INTEGERS + _SCALE_DTYPES), ("offset", _SCALE_DTYPES)):
             self._expect(name, dtypes, (q[0], self.groups, *panel))
         self._expect("g_idx", (torch.int32,), (self.in_features,))
-        if self.g_idx is not None and self.in_features > 0:
+        if self.g_idx is not None and self.in_features > 0 and not self.g_idx.is_meta:
             low, high = (int(v) for v in self.g_idx.aminmax())
             if low < 0 or high >= self.groups:
                 raise ValueError(f"g_idx: values must be in [0, {self.groups}), not {low} to {high}")

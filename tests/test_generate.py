@@ -1,6 +1,7 @@
 """The trained model, end to end: SmolLM2-135M-Instruct through pyarch against the same model in plain PyTorch, and the
 command line."""
 
+import argparse
 import functools
 import os
 import pydoc_data.topics
@@ -16,6 +17,7 @@ import torch
 import pyarch
 from pyarch.__main__ import main
 from pyarch.cli import demo, weights
+from pyarch.cli import generate as command
 from pyarch.models import Llama, generate, perplexity
 
 pytest.importorskip("gguf")
@@ -144,6 +146,7 @@ def test_command(path):
     done = run("generate", "--model", "smollm2", "--prompt", "What is the capital of France?", "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The capital of France is Paris.\n"
+    assert "cache" not in done.stderr  # which is of the model's dtype
     for part in ("first token", "prompt 37 tokens", "decode 7 tokens at", "weights", "peak memory", "1 threads"):
         assert part in done.stderr
     for op in ("quant_matmul", "rms_norm", "paged_attention", "rotary_append", "swiglu"):
@@ -161,6 +164,13 @@ def test_command_samples_with_a_seed(path):
                "--temperature", 1.5, "--top-k", 200, "--top-p", 0.98, "--min-p", 0.001]  # fmt: skip
     first, again, other = (run(*options, "--seed", seed).stdout for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_command_with_an_int8_cache(path):
+    done = run("generate", "--model", path, "--prompt", "What is the capital of France?", "--cache-dtype", "int8")
+    assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n")
+    assert " MB, cache int8, peak memory" in done.stderr
+    assert "paged_attention cpu" in done.stderr
 
 
 def test_interrupt_keeps_the_text(path):
@@ -210,15 +220,34 @@ def test_bad_files(kind, tmp_path, path, capsys):
         (["--max-tokens", "-1"], "max_tokens"),
         (["--backend", "triton"], "triton"),
         (["--device", "cuda"], "cuda|CUDA"),
+        (["--cache-dtype", "bfloat16"], r"--cache-dtype: must be float32 \(as --dtype\) or int8, not bfloat16"),
+        (["--dtype", "bfloat16", "--cache-dtype", "float32"], "must be bfloat16"),
     ],
     ids=str,
 )
 def test_bad_options(options, names, path, capsys):
+    if torch.cuda.is_available() and {"triton", "cuda"} & {*options}:
+        pytest.skip("there is a GPU")
     assert main(["generate", "--model", str(path), "--prompt", "hello", "--quiet", *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert re.search(names, err)
     assert err.count("\n") == 1
+
+
+def test_cache_dtypes(capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    ask = lambda *options: parser.parse_args(["--model", "m", "--prompt", "p", *options])
+    assert command.cache_dtype_of(ask()) is None
+    for name in command.DTYPES:
+        assert command.cache_dtype_of(ask("--dtype", name, "--cache-dtype", name)) is None
+        assert command.cache_dtype_of(ask("--dtype", name, "--cache-dtype", "int8")) == torch.int8
+    assert [command.dtype_of(ask("--device", d)) for d in ("cpu", "cuda", "cuda:1")] == [
+        "float32", "bfloat16", "bfloat16"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        ask("--cache-dtype", "int4")
+    assert "choose from" in capsys.readouterr().err
 
 
 def test_missing_weights(monkeypatch, capsys, tmp_path):

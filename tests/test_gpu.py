@@ -4,9 +4,13 @@ import functools
 
 import pytest
 import torch
+from quantized_weights import llama_file
 
 import pyarch
+from pyarch import nn
 from pyarch._instruments import same
+from pyarch.models import Llama, generate
+from pyarch.native import Recorder
 from pyarch.ops.paged_kv import kv_append_reference
 
 KERNELS = ("cuda", "triton")
@@ -180,3 +184,32 @@ def test_auto_is_the_gpu_kernel():
     assert pyarch.explain(pyarch.kv_append, k, v, *caches, slots).backend == "cuda"
     q = torch.randn(1, 4, 20, 64, device="cuda", dtype=torch.bfloat16)
     assert pyarch.explain(pyarch.flash_attention, q, q, q).backend == "triton"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_loaded_model_runs_on_gpu_kernels(bits):
+    """Packed as fragments, on the CUDA C++ kernels in every step, near the same model on the CPU."""
+    file = llama_file(bits=bits, kind="offset")
+    model, plain = Llama.from_gguf(file, dtype=torch.bfloat16, device="cuda"), Llama.from_gguf(file)
+    layers = [m for m in model.modules() if isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding)]
+    assert {layer.weight.order for layer in layers} == {"fragments"}
+    x = torch.empty(1, 128, device="cuda", dtype=torch.bfloat16)
+    assert pyarch.explain(pyarch.quant_matmul, x, model.head.weight).backend == "cuda"
+    for dtype in (None, torch.int8):
+        rows = []
+        with torch.inference_mode(), Recorder() as ran:
+            for each, cache in ((m, m.cache(4, 16, dtype=dtype)) for m in (model, plain)):
+                sequence = cache.allocate()
+                rows.append([each.extend(cache, [sequence], [t])[0].float().cpu() for t in ([5, 40, 0, 17], [3], [9])])
+        used = {call.name() for call, arguments in ran.calls if arguments[0].is_cuda}
+        assert "pyarch::quant_matmul__cuda" in used
+        assert "pyarch::paged_attention__cuda" in used
+        for got, want in zip(*rows, strict=True):
+            assert (got - want).norm() <= 0.05 * want.norm()
+    assert len(list(generate(model, [5, 40], max_tokens=9, temperature=0.8, seed=1, cache_dtype=torch.int8))) == 9
+    for change in (lambda: model.to("cpu"), lambda: model.train()):
+        model.to("cuda").eval()
+        nn.prepack(model, torch.bfloat16)
+        assert {layer.weight.order for layer in layers} == {"fragments"}
+        change()
+        assert {layer.weight.order for layer in layers} == {"canonical"}

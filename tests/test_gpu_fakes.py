@@ -1,13 +1,23 @@
-"""Every operator of a GPU kernel infers shapes on fake CUDA tensors, also where there is no GPU."""
+"""Without a GPU: operators of GPU kernels infer shapes on fake CUDA tensors, and models are packed for them."""
+
+import dataclasses
+import sys
 
 import pytest
 import torch
+from quantized_weights import llama_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pyarch
+from pyarch import native, nn, orders
+from pyarch._instruments import same
 from pyarch.explain import ops
+from pyarch.models import Llama
 from pyarch.native import Recorder, operator
+from pyarch.ops.quant_matmul import QUANT_MATMUL
+
+quant_matmul_room = sys.modules["pyarch.ops.quant_matmul"]  # pyarch.ops.quant_matmul is the function
 
 
 def quant_matmul():
@@ -60,3 +70,65 @@ def on_a_gpu(x):
     if not isinstance(x, torch.Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
+@pytest.fixture
+def cuda_is_here(monkeypatch):
+    """Dispatch believes in a GPU of sm_90 and in the CUDA library."""
+    monkeypatch.setitem(native._UNAVAILABLE, "cuda", None)
+    monkeypatch.setitem(native._UNAVAILABLE, "triton", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "act_bits", "options", "order"),
+    [
+        (torch.bfloat16, None, {}, "fragments"),
+        (torch.float16, None, {"bits": 8, "kind": "offset", "group_size": -1}, "fragments"),
+        (torch.float32, None, {}, "canonical"),
+        (torch.bfloat16, 8, {}, "canonical"),
+        (torch.bfloat16, None, {"group_size": 48}, "canonical"),
+        (torch.bfloat16, None, {"act_order": True}, "canonical"),
+    ],
+    ids=str,
+)
+def test_a_model_is_packed_where_the_cuda_kernel_takes_it(dtype, act_bits, options, order, cuda_is_here, monkeypatch):
+    """With the CPU standing in for the GPU: it has the kernels, limits and orders of one, its own not."""
+    ours = {name: dataclasses.replace(limits, device={"cpu": "cuda"}.get(limits.device, "cpu"))
+            for name, limits in QUANT_MATMUL.limits.items()}  # fmt: skip
+    file = llama_file(**options)
+    plain = Llama.from_gguf(file, dtype=dtype, act_bits=act_bits)
+    nn.prepack(plain)
+    assert {weight.order for weight in weights(plain)} == {"panels"}
+    monkeypatch.setattr(quant_matmul_room, "LIMITS", ours)
+    monkeypatch.setattr(quant_matmul_room, "QUANT_MATMUL", dataclasses.replace(QUANT_MATMUL, limits=ours))
+    for name, device in (("panels", "cuda"), ("fragments", "cpu")):
+        monkeypatch.setitem(orders.ORDERS, name, dataclasses.replace(orders.ORDERS[name], device=device))
+    model = Llama.from_gguf(file, dtype=dtype, act_bits=act_bits)
+    assert {weight.order for weight in weights(model)} == {order}
+    assert model.head.weight.q is model.embed.weight.q
+    tokens = torch.tensor([[5, 40, 0, 17]])
+    with pyarch.use_backend("reference"), torch.inference_mode():
+        assert same(model(tokens), plain(tokens))
+    for change in (lambda m: m.train(), lambda m: m.load_state_dict(m.state_dict()), lambda m: m.to("meta")):
+        model = Llama.from_gguf(file, dtype=dtype, act_bits=act_bits)
+        change(model)
+        assert {weight.order for weight in weights(model)} == {"canonical"}
+
+
+def weights(model):
+    return [m.weight for m in model.modules() if isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding)]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA, though no GPU")
+def test_a_model_on_a_gpu_takes_gpu_kernels(cuda_is_here):
+    """Whole sequences; the checks of rotary_append's reference read values, which fake tensors have not."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Llama.from_gguf(llama_file(), dtype=torch.bfloat16, device="cuda:0")
+        for layer in (model.head, model.layers[0].mlp.down):
+            x = torch.empty(1, layer.in_features, dtype=torch.bfloat16, device="cuda:0")
+            assert pyarch.explain(pyarch.quant_matmul, x, layer.weight).backend == "cuda"
+        with Recorder() as ran, torch.inference_mode():
+            logits = model(torch.empty(2, 5, dtype=torch.int64, device="cuda:0"))
+    assert (logits.shape, logits.device.type) == ((2, 5, 48), "cuda")
+    assert {call.name() for call, _ in ran.calls} == {"pyarch::quant_matmul__cuda", "pyarch::flash_attention__triton"}

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="sample among the likeliest that reach this probability together")
     parser.add_argument("--min-p", type=float, help="sample among those with this share of the likeliest's probability")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--cache-dtype", choices=[*DTYPES, "int8"],
+                        help="of keys and values: as --dtype, or int8, rounded, in half bfloat16's memory")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print the answer alone")
     add_model_arguments(parser)
 
@@ -39,7 +41,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What `load` and `settings` read besides --model."""
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default: the cores)")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations and cache (float32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of activations and cache (float32; on a GPU bfloat16)")
     parser.add_argument(
         "--act-bits", type=int, choices=[8], help="round activations to int8 in matmuls (changes answers)"
     )
@@ -77,10 +79,22 @@ class Run:
             yield token
 
 
-def operators(model: Llama, prompt: list[int]) -> dict[str, str]:
+def dtype_of(args: argparse.Namespace) -> str:
+    """--dtype, or the device's: GPU kernels of quantised weights take no float32."""
+    return args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32")
+
+
+def cache_dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """--cache-dtype, None for the model's own. Raises ValueError for one that its cache cannot have."""
+    if args.cache_dtype not in (None, "int8", dtype_of(args)):
+        raise ValueError(f"--cache-dtype: must be {dtype_of(args)} (as --dtype) or int8, not {args.cache_dtype}")
+    return torch.int8 if args.cache_dtype == "int8" else None
+
+
+def operators(model: Llama, prompt: list[int], **options) -> dict[str, str]:
     """The backend of each pyarch op in one more step of the model; an empty dict is plain PyTorch throughout."""
     with Operators() as seen:
-        list(generate(model, prompt[-1:], max_tokens=1))
+        list(generate(model, prompt[-1:], max_tokens=1, **options))
     backends = dict(operator.name().removeprefix("pyarch::").rsplit("__", 1) for operator, _ in seen.calls)
     if whole := backends.pop("decoder_blocks", None):
         backends |= dict.fromkeys(DecoderBlock.OPS, whole)
@@ -93,8 +107,10 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far."""
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process had so far: resident, or on a GPU what torch allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -116,7 +132,7 @@ def load(args: argparse.Namespace, name: str, quiet: bool = False):
         raise ValueError(f"--model smollm2: its weights are not here; {weights.HINT}")
     if not path.exists():
         raise ValueError(f"--model: {name} does not exist")
-    options = dict(dtype=DTYPES[args.dtype], device=args.device, act_bits=args.act_bits, progress=progress)
+    options = dict(dtype=DTYPES[dtype_of(args)], device=args.device, act_bits=args.act_bits, progress=progress)
     from ..io import gguf, tokenizer
 
     if path.is_dir():
@@ -135,14 +151,17 @@ def encode(tokenizer, text: str, raw: bool = False) -> list[int]:
     return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]))
 
 
-def report(run: Run, model: Llama, backends: dict[str, str]) -> str:
+def report(run: Run, model: Llama, backends: dict[str, str], cache_dtype: torch.dtype | None = None) -> str:
     """What a run took, in a few lines."""
+    cache = "" if cache_dtype is None else f"cache {str(cache_dtype).removeprefix('torch.')}, "
+    on_gpu = model.device.type == "cuda"
+    where = torch.cuda.get_device_name(model.device) if on_gpu else f"{torch.get_num_threads()} threads"
     used = ", ".join(f"{op} {backend}" for op, backend in backends.items()) or "plain PyTorch throughout"
     return (
         f"first token {run.first:.3f} s, prompt {run.prompt} tokens at {run.prompt_rate:.1f}/s, "
         f"decode {len(run.tokens)} tokens at {run.decode_rate:.1f}/s\n"
-        f"weights {weight_bytes(model) / 1e6:.1f} MB, peak memory {peak_bytes() / 1e6:.0f} MB, "
-        f"{torch.get_num_threads()} threads\nbackends: {used}"
+        f"weights {weight_bytes(model) / 1e6:.1f} MB, {cache}peak memory {peak_bytes(model.device) / 1e6:.0f} MB, "
+        f"{where}\nbackends: {used}"
     )
 
 
@@ -150,18 +169,20 @@ def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 for a bad model file or option; 130 after Ctrl-C."""
     try:
         with use_backend(args.backend):
+            cache_dtype = cache_dtype_of(args)
             model, tokenizer = load(args, args.model, args.quiet)
             prompt = encode(tokenizer, args.prompt, args.raw)
             run, pieces = Run(), tokenizer.stream(continues=args.raw)
             options = {k: getattr(args, k) for k in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed")}
             try:
-                for token in run.stream(model, prompt, stop=tokenizer.eos_ids, **options):
+                for token in run.stream(model, prompt, stop=tokenizer.eos_ids, cache_dtype=cache_dtype, **options):
                     print(pieces.push(token), end="", flush=True)
             finally:
                 if run.tokens:
                     print(pieces.end(), flush=True)
             if not args.quiet:
-                print(report(run, model, operators(model, prompt)), file=sys.stderr)
+                backends = operators(model, prompt, cache_dtype=cache_dtype)
+                print(report(run, model, backends, cache_dtype), file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     except ImportError as error:

@@ -63,7 +63,8 @@ def from_gguf(source: Any, *, dtype: torch.dtype = torch.float32, device: torch.
     act_bits    None, or 8 to round activations to int8 in the matmuls (changes answers)
     dequantize  hold every weight as numbers in `dtype`: for comparison
     progress    wraps the iterable of layers, as tqdm does
-    On the CPU quantised weights are prepacked (nn.QuantizedLinear.prepack).
+    Quantised weights are prepacked (nn.prepack) for the device's kernels, where these take dtype and the format: GPU
+    kernels take bfloat16 and float16. explain(quant_matmul, x, layer.weight) says which kernel a layer has.
     Raises ValueError for a file that is not a model of architecture llama, qwen2 or qwen3.
     """
     if isinstance(source, (str, Path)):
@@ -258,21 +259,22 @@ def _build(config: LlamaConfig, tensors: Tensors, names: Mapping[str, str], igno
         return packed(nn.parallel(weights, biases, act_bits=act_bits))
 
     def packed(layer: nn.Module) -> nn.Module:
-        """In the order of the CPU's kernels, if that is where it is."""
-        if torch.device(device).type == "cpu":
-            nn.prepack(layer.eval())
+        """In the order of its device's kernels, where one takes it."""
+        nn.prepack(layer.eval(), dtype)
         return layer
 
     c, heads, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     with torch.device("meta"):
         model = Llama(c)
     table = take("embed", 0, c.vocab_size, c.hidden_size)
-    if isinstance(table, QuantizedTensor):
-        model.embed = nn.QuantizedEmbedding(table, dtype=dtype)
-        packed(model.embed)
-        table = model.embed.weight  # a tied head shares it
+    head: Any = nn.linear(table if c.tied else take("head", 0, c.vocab_size, c.hidden_size), act_bits=act_bits)
+    model.head = packed(head)
+    if isinstance(table, QuantizedTensor):  # not packed for its own sake: only rows are picked
+        model.embed = nn.QuantizedEmbedding(head.weight if c.tied else table, dtype=dtype)
     else:
         model.embed = nn.Embedding.from_pretrained(table, freeze=False)
+        if c.tied:
+            head.weight = model.embed.weight
     for i, block in progress(list(enumerate(model.layers))):
         attention, mlp = block.attention, block.mlp
         block.attention_norm.weight = _parameter(take("attention_norm", i, c.hidden_size))
@@ -285,10 +287,6 @@ def _build(config: LlamaConfig, tensors: Tensors, names: Mapping[str, str], igno
         mlp.gate_up = project({"gate": c.intermediate_size, "up": c.intermediate_size}, i, c.hidden_size)
         mlp.down = project({"down": c.hidden_size}, i, c.intermediate_size)
     model.norm.weight = _parameter(take("norm", 0, c.hidden_size))
-    head = table if c.tied else take("head", 0, c.vocab_size, c.hidden_size)
-    model.head = packed(nn.linear(head, act_bits=act_bits))
-    if isinstance(model.embed, nn.Embedding) and c.tied:
-        model.head.weight = model.embed.weight
     if unused:
         raise ValueError(f"tensors: the model has no place for {', '.join(sorted(unused)[:5])}")
     return model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..ops.quant_matmul import order_for
 from ..quantized import TENSORS, PackedTensor, QuantizedTensor
 from ._watched import Watched
 
@@ -15,6 +16,8 @@ class QuantizedModule(Watched):
     faster. That is for inference: `train()`, `load_state_dict` and a move to another device bring the canonical form
     back, and state_dict, pickles and copies always have it.
     """
+
+    act_bits: int | None = None
 
     def __init__(self, weight: QuantizedTensor | PackedTensor) -> None:
         super().__init__()
@@ -53,16 +56,19 @@ class QuantizedModule(Watched):
             return QuantizedTensor(q, scale, *sizes, zero, offset, g_idx)
         return PackedTensor(q, scale, self.out_features, *sizes, zero, offset, g_idx)
 
-    def prepack(self) -> None:
-        """Holds the weight in the order of its device's kernels (QuantizedTensor.prepack).
+    def prepack(self, dtype: torch.dtype | None = None) -> None:
+        """Holds the weight in the order of its device's kernels (QuantizedTensor.prepack); given the dtype of the
+        activations, only if a kernel multiplies these with it: the GPU's takes neither float32 nor every format.
 
-        Raises ValueError in training mode, and for a weight that is neither on a CPU nor on a GPU.
+        Raises ValueError in training mode, and without dtype for a weight that is neither on a CPU nor on a GPU.
         """
         weight = self.weight
         if self.training:
             raise ValueError("prepack: is for inference, call eval() first")
         if isinstance(weight, QuantizedTensor):
-            self._hold(weight.prepack())
+            order = None if dtype is None else order_for(weight, dtype, act_bits=self.act_bits)
+            if order != "canonical":
+                self._hold(weight.prepack(order))
 
     def _canonical(self) -> QuantizedTensor:
         weight = self.weight
@@ -110,8 +116,8 @@ class QuantizedModule(Watched):
         return repr(self.weight)
 
 
-def prepack(module: torch.nn.Module) -> None:
+def prepack(module: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
     """`QuantizedModule.prepack` for every one of module and below it. Raises ValueError in training mode."""
     for each in module.modules():
         if isinstance(each, QuantizedModule):
-            each.prepack()
+            each.prepack(dtype)

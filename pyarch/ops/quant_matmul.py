@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from ..dispatch import Facts, Limits, Op
 from ..native import define, operator
+from ..orders import ORDERS
 from ..quantized import PackedTensor, QuantizedTensor
 from . import _activation, _args
 from ._activation import Activation
@@ -121,6 +122,18 @@ def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_
         "act_bits": act_bits,
         "epilogue_gradient": (bias is not None or activation is not None) and _args.needs_grad(x, bias),
     }
+
+
+def order_for(weight: QuantizedTensor | PackedTensor, dtype: torch.dtype, *, act_bits: int | None = None) -> str:
+    """The order (pyarch/orders.py) of this weight that the kernels of its device read, for x of this dtype, where
+    gradients are not asked for: "canonical" where none of them takes it packed."""
+    facts = check(torch.empty(0, weight.in_features, dtype=dtype, device=weight.device), weight, act_bits=act_bits)
+    for name, order in ORDERS.items():
+        if order.device == facts["device"]:
+            packed = {**facts, "order": name}
+            if any(QUANT_MATMUL.refuses(backend, packed) is None for backend in LIMITS):
+                return name
+    return "canonical"
 
 
 def _run(
