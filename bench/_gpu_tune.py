@@ -45,33 +45,45 @@ class Kind:
 
 
 def quant_matmul_kinds(small: bool) -> Iterator[Kind]:
+    """rounded: with act_bits=8."""
     from pyarch.kernels import quant_matmul as kernel
+    from pyarch.kernels import quant_matmul_act8
     from pyarch.kernels._common import capability
 
     small_weights, large_weights = ((4096, 4096), (6144, 2560)), ((11008, 4096), (4096, 14336), (8192, 8192))
-    for shapes, m, bits in itertools.product((small_weights, large_weights), (1, 32, 64, 256, 2048), (4, 8)):
+    formats = (4, 128, False), (8, 128, False), (8, -1, True)  # bits, group_size, rounded
+    for shapes, m, (bits, group, rounded) in itertools.product(
+        (small_weights, large_weights), (1, 32, 64, 256, 2048), formats
+    ):
         if small:
             shapes, m = ((128, 128),), 1
+        grouped = group != -1
 
-        def of(config, weights, x, y):
+        def of(config, weights, x, y, rounded=rounded, group=group):
             config = kernel.fit(config, (len(x), *y.shape[1:], x.shape[1]), capability())
-            rest = None, None, None, 128, 0, 0.0
-            return lambda i: kernel.launch(config, y, x, weights[i].q, weights[i].scale, *rest)
+            launch, rest = (quant_matmul_act8 if rounded else kernel).launch, (None, None, None, group, 0, 0.0)
+            return lambda i: launch(config, y, x, weights[i].q, weights[i].scale, *rest)
 
-        def make(device, copies, of=of, shapes=shapes, m=m, bits=bits):
+        def make(device, copies, of=of, shapes=shapes, m=m, bits=bits, group=group):
             found = []
             for n, k in shapes:
                 count = copies or copies_of(n * k * bits / 8)
-                weights = [quantised(n, k, 128, device, bits) for _ in range(count)]
+                weights = [quantised(n, k, group, device, bits) for _ in range(count)]
                 x = randn(m, k, device=device)
                 found.append((functools.partial(of, weights=weights, x=x, y=x.new_empty(m, n)), count))
             return found
 
-        blocks = itertools.product((32, 64, 128), (64, 128), (4, 8), (2, 3, 4), (1, 4, 16))
         tile = min(128, max(16, m))
-        candidates = [kernel.Config(tile, n, k, split, warps, stages) for n, k, warps, stages, split in blocks]
-        default = kernel.default_for((m, *shapes[0]), torch.bfloat16, 90)
-        key = kernel.key_for((m, *shapes[0]), bits)
+        rows = (tile, 256) if rounded and m > 128 else (tile,)
+        steps = (128, 256) if rounded else (64, 128)
+        blocks = itertools.product(rows, (32, 64, 128), steps, (4, 8), (2, 3, 4), (1, 4, 16))
+        candidates = [kernel.Config(rows, n, k, split, warps, stages) for rows, n, k, warps, stages, split in blocks]
+        shape = m, *shapes[0]
+        if rounded:
+            default = quant_matmul_act8.default_for(shape, bits, grouped, 90)
+        else:
+            default = kernel.default_for(shape, torch.bfloat16, 90)
+        key = kernel.key_for(shape, bits, rounded, grouped)
         yield Kind("quant_matmul", key, default, candidates[: 2 if small else None], make)
         if small:
             return

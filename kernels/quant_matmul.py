@@ -1,6 +1,7 @@
 """quant_matmul in Triton: y = act(x @ w.T + bias), int4 or int8 codes, fp16 or bf16 x (pyarch/ops/quant_matmul.py).
 
-fp32 x works too, at the speed of plain multiply-adds: autograd needs it to keep what an epilogue is applied to.
+fp32 x works too, at the speed of plain multiply-adds: autograd needs it to keep what an epilogue is applied to. With
+act_bits=8 quant_matmul_act8.py computes.
 
 A program owns a tile of y, BN weight rows by BM rows of x, and one of SPLIT ranges of K:
 
@@ -20,33 +21,23 @@ Each weight byte is read ceil(M / BM) times, each byte of x ceil(N / BN) times. 
 through fp32 memory [SPLIT, M, N] and a second kernel adds them in order: bitwise repeatable, no atomics.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
 
-from pyarch.kernels._common import INTERPRETING, activate, capability, dot, narrow, on_device_of, subtract
+from pyarch.kernels import quant_matmul_act8
+from pyarch.kernels._common import INTERPRETING, capability, dot, narrow, on_device_of, subtract
+from pyarch.kernels._quant_matmul import Config, check_memory, finish, fit, multiprocessors, reduce, shift_of
 from pyarch.kernels._tuned import tuned
 
 
-@dataclass(frozen=True)
-class Config:
-    """One way to cut the work."""
-
-    block_m: int  # rows of x
-    block_n: int  # weight rows
-    block_k: int  # columns of a step at most: a step never straddles two groups
-    split_k: int
-    num_warps: int
-    num_stages: int
-
-
-def key_for(shape: tuple[int, int, int], bits: int) -> str:
-    """What calls share a tuned config: the rows of a tile, and the weight's elements to a power of two."""
+def key_for(shape: tuple[int, int, int], bits: int, rounded: bool = False, grouped: bool = True) -> str:
+    """What calls share a tuned config: the rows of a tile, and the weight's elements to a power of two. rounded: with
+    act_bits=8, where it also counts whether a row of the weight has groups."""
     m, n, k = shape
     rows = next((rows for rows in (16, 32, 64, 256) if m <= rows), "more")
-    return f"int{bits} m{rows} 2^{(n * k).bit_length() - 1}"
+    kind = f"int{bits}" + " act8" * rounded + " row" * (rounded and not grouped)
+    return f"{kind} m{rows} 2^{(n * k).bit_length() - 1}"
 
 
 def default_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Config:
@@ -56,28 +47,18 @@ def default_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> C
         return Config(block_m=32, block_n=64, block_k=32, split_k=16, num_warps=4, num_stages=2)
     if m <= 32:
         return Config(block_m=16 if m <= 16 else 32, block_n=64, block_k=128, split_k=16, num_warps=4, num_stages=4)
-    if m * n <= 64 * 64 * _multiprocessors(arch):
+    if m * n <= 64 * 64 * multiprocessors(arch):
         return Config(block_m=64, block_n=64, block_k=64, split_k=16, num_warps=4, num_stages=4)
     return Config(block_m=128, block_n=128, block_k=64, split_k=16, num_warps=8, num_stages=3)
 
 
-def config_for(shape: tuple[int, int, int], bits: int, dtype: torch.dtype, arch: int) -> Config:
+def config_for(shape: tuple[int, int, int], bits: int, dtype: torch.dtype, arch: int, rounded: bool = False,
+               grouped: bool = True) -> Config:  # fmt: skip
     """The config for (m, n, k) and int4 or int8 codes: tiles as tuned on this card, and a split K until every
-    multiprocessor reads weights."""
-    found = None if dtype == torch.float32 else tuned("quant_matmul", key_for(shape, bits), Config)
-    return fit(found or default_for(shape, dtype, arch), shape, arch)
-
-
-def fit(config: Config, shape: tuple[int, int, int], arch: int) -> Config:
-    """K in at most split_k parts, of at least 512 columns each, to be worth the second pass."""
-    m, n, k = shape
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    most = min(2 * _multiprocessors(arch) // tiles, k // 512, config.split_k)
-    return replace(config, split_k=1 << max(0, most.bit_length() - 1))
-
-
-def _multiprocessors(arch: int) -> int:
-    return 132 if arch >= 90 else 108
+    multiprocessor reads weights. rounded, grouped: as key_for."""
+    found = tuned("quant_matmul", key_for(shape, bits, rounded, grouped), Config)
+    default = quant_matmul_act8.default_for(shape, bits, grouped, arch) if rounded else default_for(shape, dtype, arch)
+    return fit(found or default, shape, arch)
 
 
 @triton.jit
@@ -95,15 +76,6 @@ def _codes(q, BITS: tl.constexpr, dtype: tl.constexpr):
         return narrow(q.to(tl.float32), dtype)
     else:
         return q.to(dtype)
-
-
-@triton.jit
-def _finish(acc, bias, y, n, m, N, inside, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, slope):
-    """The epilogue: bias, activation, one rounding. acc, inside: [BN, BM]; n: [BN]; m: [BM]."""
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]  # [BN]
-    acc = activate(acc, ACTIVATION, slope)
-    tl.store(y + m.to(tl.int64)[None, :] * N + n[:, None], narrow(acc, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -157,57 +129,37 @@ def _matmul_kernel(
             s = tl.load(scale + scales + group, mask=n_in, other=0.0).to(tl.float32)  # [BN]
             acc += s[:, None] * part
             if SHIFT > 0:
-                t = _shift_of(tl.load(shift + scales + group, mask=n_in, other=0.0), s, CENTRE, SHIFT)
+                t = shift_of(tl.load(shift + scales + group, mask=n_in, other=0.0), s, CENTRE, SHIFT)
                 acc += t[:, None] * total[None, :]
     if STEPS_PER_GROUP == 0:
         s = tl.load(scale + scales, mask=n_in, other=0.0).to(tl.float32)  # [BN]
         acc *= s[:, None]
         if SHIFT > 0:
-            t = _shift_of(tl.load(shift + scales, mask=n_in, other=0.0), s, CENTRE, SHIFT)
+            t = shift_of(tl.load(shift + scales, mask=n_in, other=0.0), s, CENTRE, SHIFT)
             acc += t[:, None] * sums[None, :]
 
     inside = n_in[:, None] & m_in[None, :]
     if SPLIT == 1:
-        _finish(acc, bias, y, n, m, N, inside, HAS_BIAS, ACTIVATION, slope)
+        finish(acc, bias, y, n, m, N, inside, HAS_BIAS, ACTIVATION, slope)
     else:
         row = tl.program_id(2).to(tl.int64) * M + m
         tl.store(partial + row[None, :] * N + n[:, None], acc, mask=inside)
 
 
-@triton.jit
-def _shift_of(value, s, CENTRE: tl.constexpr, SHIFT: tl.constexpr):
-    """What a group adds to each weight beside scale * (q - c). value, s: [BN]."""
-    if SHIFT == 1:
-        return -s * (value.to(tl.float32) - CENTRE)
-    else:
-        return value.to(tl.float32) + s * CENTRE
-
-
-@triton.jit
-def _reduce_kernel(
-    partial, bias, y, M, N, slope,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) + tl.arange(0, 1)
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    cell = partial + m.to(tl.int64)[None, :] * N + n[:, None]  # [BN, 1]
-    acc = tl.load(cell, mask=inside, other=0.0)
-    for part in tl.static_range(1, SPLIT):
-        acc += tl.load(cell + tl.cast(M, tl.int64) * N * part, mask=inside, other=0.0)
-    _finish(acc, bias, y, n, m, N, inside, HAS_BIAS, ACTIVATION, slope)
-
-
 def forward(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_bits, activation, slope):
     """pyarch::quant_matmul__triton. x (M, K), any strides -> y (M, N) of x's dtype."""
-    _check_memory(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_bits, activation)
+    check_memory(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, activation)
+    if act_bits not in (0, 8):
+        raise ValueError(f"act_bits: must be 0 or 8, not {act_bits}")
     (m, k), n = x.shape, out_features
     y = x.new_empty((m, n))
     if m == 0 or n == 0:
         return y
+    grouped, rounded = scale.shape[1] > 1, act_bits == 8 and k > 0
     with on_device_of(x):
-        config = config_for((m, n, k), 4 if q.dtype == torch.uint8 else 8, x.dtype, capability())
-        return launch(config, y, x, q, scale, zero, offset, bias, group_size, activation, slope)
+        config = config_for((m, n, k), 4 if q.dtype == torch.uint8 else 8, x.dtype, capability(), rounded, grouped)
+        run = quant_matmul_act8.launch if rounded else launch
+        return run(config, y, x, q, scale, zero, offset, bias, group_size, activation, slope)
 
 
 def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activation, slope):
@@ -220,41 +172,18 @@ def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activ
     # Every split takes the same number of steps; those past K read zeros.
     steps = triton.cdiv(triton.cdiv(k, bk), config.split_k)
     partial = y if config.split_k == 1 else y.new_empty((config.split_k, m, n), dtype=torch.float32)
-    epilogue = dict(HAS_BIAS=bias is not None, ACTIVATION=activation, SPLIT=config.split_k)
+    options = dict(enable_fp_fusion=True)  # a multiply and an add become one rounding, whatever Triton's default
+    epilogue = dict(HAS_BIAS=bias is not None, ACTIVATION=activation, SPLIT=config.split_k, **options)
     bias = y if bias is None else bias.contiguous()
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), config.split_k)
-    options = dict(enable_fp_fusion=True)  # a multiply and an add become one rounding, whatever Triton's default
     _matmul_kernel[grid](
         x, q, scale, y if shift is None else shift.contiguous(), bias, y, partial,
         m, n, k, groups, x.stride(0), x.stride(1), q.stride(0), slope,
         STEPS=steps, STEPS_PER_GROUP=0 if groups == 1 else group_size // bk,
         BITS=4 if q.dtype == torch.uint8 else 8, SHIFT=shift_kind,
         EVEN_K=k == bk * steps * config.split_k, BM=config.block_m, BN=config.block_n, BK=bk,
-        num_warps=config.num_warps, num_stages=config.num_stages, **epilogue, **options,
+        num_warps=config.num_warps, num_stages=config.num_stages, **epilogue,
     )  # fmt: skip
     if config.split_k > 1:
-        grid = (triton.cdiv(n, 1024), m)
-        _reduce_kernel[grid](partial, bias, y, m, n, slope, BN=1024, num_warps=4, **epilogue, **options)
+        reduce(partial, bias, y, slope, **epilogue)
     return y
-
-
-def _check_memory(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_bits, activation):
-    """The operator is open to anyone: refuses what would read outside a tensor or is not this kernel's to compute."""
-    bits = {torch.uint8: 4, torch.int8: 8}.get(q.dtype)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or bits is None:
-        raise ValueError(f"x, q: must be float32, float16 or bfloat16, and uint8 or int8, not {x.dtype}, {q.dtype}")
-    if g_idx is not None or act_bits != 0:
-        raise ValueError("g_idx, act_bits: must be None and 0 in Triton")
-    if group_size != -1 and (group_size < 32 or group_size % 32):
-        raise ValueError(f"group_size: must be -1 or a multiple of 32, not {group_size}")
-    if zero is not None and offset is not None:
-        raise ValueError("offset: must be None when zero is given")
-    if not 0 <= activation <= 5:
-        raise ValueError(f"activation: must be a code from 0 to 5, not {activation}")
-    (_, k), n = x.shape, out_features
-    groups = 1 if group_size == -1 else triton.cdiv(k, group_size)
-    expected = {"q": (q, (n, -(-k * bits // 8))), "scale": (scale, (n, groups)), "zero": (zero, (n, groups)),
-                "offset": (offset, (n, groups)), "bias": (bias, (n,))}  # fmt: skip
-    for name, (value, shape) in expected.items():
-        if value is not None and (tuple(value.shape) != shape or value.device != x.device):
-            raise ValueError(f"{name}: must be {shape} on {x.device}, not {tuple(value.shape)} on {value.device}")

@@ -40,23 +40,25 @@ Costs = dict[str, int]
 def quant_matmul_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """One call for each shape of tile that config_for knows, in each weight format whose code differs; tuned tiles in
     the one that costs most."""
-    from pyarch.kernels import _tuned, quant_matmul
+    from pyarch.kernels import _tuned, quant_matmul, quant_matmul_act8
 
     n = k = 4096
-    for m, bits, group, zero, dtype in [
-        *((m, bits, 128, zero, torch.bfloat16) for m in (1, 64, 2048) for bits in (4, 8) for zero in (None, "uint8")),
-        *((m, 4, 32, "float32", torch.bfloat16) for m in (1, 64, 2048)),
-        *((m, 8, -1, None, torch.bfloat16) for m in (1, 64, 2048)),
-        (32, 4, 128, None, torch.bfloat16),
-        (2048, 4, 128, None, torch.float16),
-        (64, 4, 128, "uint8", torch.float32),
-    ]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for m, bits, group, zero, dtype, act_bits in [
+        *((m, bits, 128, zero, bf16, 0) for m in (1, 64, 2048) for bits in (4, 8) for zero in (None, "uint8")),
+        *((m, 4, 32, "float32", bf16, 0) for m in (1, 64, 2048)),
+        *((m, 8, -1, None, bf16, 0) for m in (1, 64, 2048)),
+        (32, 4, 128, None, bf16, 0), (2048, 4, 128, None, fp16, 0), (64, 4, 128, "uint8", fp32, 0),
+        *((m, 8, -1, None, bf16, 8) for m in (1, 32, 64, 512, 4096)),
+        *((m, bits, 128, "uint8", bf16, 8) for m in (1, 32, 64, 4096) for bits in (4, 8)),
+        (64, 4, 32, "float32", fp16, 8), (4096, 4, -1, "float32", fp32, 8),
+    ]:  # fmt: skip
         q = torch.empty((n, k * bits // 8), dtype=torch.uint8 if bits == 4 else torch.int8)
         scale = torch.empty((n, 1 if group == -1 else k // group), dtype=dtype)
         zeros = None if zero is None else torch.empty_like(scale, dtype=getattr(torch, zero))
         x, bias = torch.empty((m, k), dtype=dtype), torch.empty(n, dtype=dtype)
-        label = f"m{m} int{bits} g{group} zero={zero} {dtype}".replace("torch.", "")
-        arguments = (x, q, scale, zeros, None, None, bias, n, group, 0, 2, 0.0)
+        label = f"m{m} int{bits} g{group} zero={zero} {dtype}{' act8' * (act_bits == 8)}".replace("torch.", "")
+        arguments = (x, q, scale, zeros, None, None, bias, n, group, act_bits, 2, 0.0)
         yield label, lambda arguments=arguments: quant_matmul.forward(*arguments)
     for key, config in _tuned.shipped("quant_matmul", quant_matmul.Config, arch):
         q = torch.empty((n, k // 2), dtype=torch.uint8) if "int4" in key else torch.empty((n, k), dtype=torch.int8)
@@ -64,7 +66,8 @@ def quant_matmul_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tens
         x, scale, offset = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
         arguments = (x.new_empty(len(x), n), x, q, scale, None, offset, None, 128, 2, 0.0)
         one = dataclasses.replace(config, split_k=1)
-        yield f"tuned {one} {key}", functools.partial(quant_matmul.launch, one, *arguments)
+        module = quant_matmul_act8 if "act8" in key else quant_matmul
+        yield f"tuned {one} {key}", functools.partial(module.launch, one, *arguments)
 
 
 def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -223,7 +226,7 @@ def costs(binary: Path) -> dict[str, Costs]:
         found[name] = {"registers": value["REG"], "spills": value["STACK"] + value["LOCAL"], "shared": value["SHARED"]}
     dump = subprocess.run([tool, "--dump-sass", str(binary)], capture_output=True, check=True, text=True)
     for name, _, code in (part.partition("\n") for part in dump.stdout.split("Function : ")[1:]):
-        if count := code.count("HGMMA."):
+        if count := len(re.findall("[HI]GMMA\\.", code)):
             found[name.strip()]["wgmma"] = count
     return found
 

@@ -20,6 +20,8 @@ def test_costs_are_as_recorded():
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"quant_matmul _matmul_kernel m1 int4 .* sm_90: \d+ registers", run.stdout)
     for line in run.stdout.splitlines():
+        if "_int8_kernel" in line:
+            assert ("wgmma" in line) == ("sm_90" in line), line
         fits = "flash_attention " in line and "float32" not in line and "d127" not in line and "d255" not in line
         if fits or re.search(r"flash_attention_backward .*(d64|d128) .*(sinks|causal) ", line):
             assert ("wgmma" in line) == ("sm_90" in line), line

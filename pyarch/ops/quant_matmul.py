@@ -12,7 +12,7 @@ Weights are used exactly as the codes say; sums are fp32 (bf16 dot products only
 act_bits=8 also rounds the activations to int8, inside the call: one fp32 scale per row and weight group (per row when
 the group is the row), amax / 127, round half to even. It changes answers (about 0.5 % of the output's norm), so it is
 never chosen for you; int8 products are summed exactly in int32 within a group (in fp32 where groups are scattered by
-g_idx or do not fill whole 32-bit words).
+g_idx or do not fill whole 32-bit words). Triton rounds x once a call, into memory of its own: so it takes float32.
 
 x is read in place if its rows are evenly apart; else it is copied first, and so are weights and bias that are not
 contiguous (pyarch.copies). cuda reads 16 bytes at a time where x's rows begin at multiples of 16 bytes (K a multiple of
@@ -177,6 +177,12 @@ def _not_in_cuda(facts: Facts) -> str | None:
     return _group_refused(facts)
 
 
+def _not_in_triton(facts: Facts) -> str | None:
+    if facts["dtype"] == torch.float32 and facts["act_bits"] is None:
+        return "takes float32 with act_bits=8 alone"
+    return _group_refused(facts)
+
+
 LIMITS = {
     "cpu": Limits("cpu", allowed={"order": ("canonical", "panels")}),
     "cuda": Limits(
@@ -188,10 +194,9 @@ LIMITS = {
     ),
     "triton": Limits(
         "cuda",
-        dtypes=(torch.bfloat16, torch.float16),
-        allowed={"g_idx": (False,), "order": ("canonical",), "act_bits": (None,)},
+        allowed={"g_idx": (False,), "order": ("canonical",)},
         capability=(8, 0),
-        unless=_group_refused,
+        unless=_not_in_triton,
     ),
 }
 QUANT_MATMUL = Op("quant_matmul", LIMITS, check, "for x and bias, through the dequantised weight in PyTorch operations")
