@@ -82,7 +82,7 @@ def quant_matmul_kinds(small: bool) -> Iterator[Kind]:
         if rounded:
             default = quant_matmul_act8.default_for(shape, bits, grouped, 90)
         else:
-            default = kernel.default_for(shape, torch.bfloat16, 90)
+            default = kernel.default_for(shape, 90)
         key = kernel.key_for(shape, bits, rounded, grouped)
         yield Kind("quant_matmul", key, default, candidates[: 2 if small else None], make)
         if small:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyarch.kernels._common import activate, narrow
+from pyarch.kernels._common import INTERPRETING, activate, narrow, subtract
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,21 @@ def check_memory(x, q, scale, zero, offset, g_idx, bias, out_features, group_siz
     for name, (value, shape) in expected.items():
         if value is not None and (tuple(value.shape) != shape or value.device != x.device):
             raise ValueError(f"{name}: must be {shape} on {x.device}, not {tuple(value.shape)} on {value.device}")
+
+
+@triton.jit
+def centred(q, BITS: tl.constexpr, dtype: tl.constexpr):
+    """q - c as floats, exactly; 4-bit codes come as integers 0..15."""
+    if BITS == 4:
+        # The code becomes the last bits of 128 (bf16) or 1024 (fp16): an OR and a subtraction, no conversion.
+        if dtype == tl.bfloat16:
+            return subtract((q.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True), 136)
+        else:
+            return subtract((q.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True), 1032)
+    elif INTERPRETING:
+        return narrow(q.to(tl.float32), dtype)
+    else:
+        return q.to(dtype)
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """quant_matmul in Triton: y = act(x @ w.T + bias), int4 or int8 codes, fp16 or bf16 x (pyarch/ops/quant_matmul.py).
 
-fp32 x works too, at the speed of plain multiply-adds: autograd needs it to keep what an epilogue is applied to. With
-act_bits=8 quant_matmul_act8.py computes.
+With act_bits=8 quant_matmul_act8.py computes, also for fp32 x; quant_matmul_backward.py has the gradient.
 
 A program owns a tile of y, BN weight rows by BM rows of x, and one of SPLIT ranges of K:
 
@@ -26,8 +25,8 @@ import triton
 import triton.language as tl
 
 from pyarch.kernels import quant_matmul_act8
-from pyarch.kernels._common import INTERPRETING, capability, dot, narrow, on_device_of, subtract
-from pyarch.kernels._quant_matmul import Config, check_memory, finish, fit, multiprocessors, reduce, shift_of
+from pyarch.kernels._common import capability, dot, on_device_of
+from pyarch.kernels._quant_matmul import Config, centred, check_memory, finish, fit, multiprocessors, reduce, shift_of
 from pyarch.kernels._tuned import tuned
 
 
@@ -40,11 +39,9 @@ def key_for(shape: tuple[int, int, int], bits: int, rounded: bool = False, group
     return f"{kind} m{rows} 2^{(n * k).bit_length() - 1}"
 
 
-def default_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Config:
+def default_for(shape: tuple[int, int, int], arch: int) -> Config:
     """The config for (m, n, k) where none is tuned; split_k: the most parts that K may have."""
     m, n, _ = shape
-    if dtype == torch.float32:
-        return Config(block_m=32, block_n=64, block_k=32, split_k=16, num_warps=4, num_stages=2)
     if m <= 32:
         return Config(block_m=16 if m <= 16 else 32, block_n=64, block_k=128, split_k=16, num_warps=4, num_stages=4)
     if m * n <= 64 * 64 * multiprocessors(arch):
@@ -52,30 +49,14 @@ def default_for(shape: tuple[int, int, int], dtype: torch.dtype, arch: int) -> C
     return Config(block_m=128, block_n=128, block_k=64, split_k=16, num_warps=8, num_stages=3)
 
 
-def config_for(shape: tuple[int, int, int], bits: int, dtype: torch.dtype, arch: int, rounded: bool = False,
-               grouped: bool = True) -> Config:  # fmt: skip
+def config_for(
+    shape: tuple[int, int, int], bits: int, arch: int, rounded: bool = False, grouped: bool = True
+) -> Config:
     """The config for (m, n, k) and int4 or int8 codes: tiles as tuned on this card, and a split K until every
     multiprocessor reads weights. rounded, grouped: as key_for."""
     found = tuned("quant_matmul", key_for(shape, bits, rounded, grouped), Config)
-    default = quant_matmul_act8.default_for(shape, bits, grouped, arch) if rounded else default_for(shape, dtype, arch)
+    default = quant_matmul_act8.default_for(shape, bits, grouped, arch) if rounded else default_for(shape, arch)
     return fit(found or default, shape, arch)
-
-
-@triton.jit
-def _codes(q, BITS: tl.constexpr, dtype: tl.constexpr):
-    """q - c as floats, exactly; 4-bit codes come as integers 0..15."""
-    if dtype == tl.float32:
-        return q.to(tl.float32) - (8 if BITS == 4 else 0)
-    elif BITS == 4:
-        # The code becomes the last bits of 128 (bf16) or 1024 (fp16): an OR and a subtraction, no conversion.
-        if dtype == tl.bfloat16:
-            return subtract((q.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True), 136)
-        else:
-            return subtract((q.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True), 1032)
-    elif INTERPRETING:
-        return narrow(q.to(tl.float32), dtype)
-    else:
-        return q.to(dtype)
 
 
 @triton.jit
@@ -113,10 +94,10 @@ def _matmul_kernel(
         part = acc if STEPS_PER_GROUP == 0 else tl.zeros((BN, BM), tl.float32)
         if BITS == 4:
             even, odd = tl.split(tl.reshape(x_tile, (BM, BK // 2, 2)))  # [BM, BK/2] each
-            part = dot(_codes(q_tile & 15, 4, dtype), tl.trans(even), part)
-            part = dot(_codes(q_tile >> 4, 4, dtype), tl.trans(odd), part)
+            part = dot(centred(q_tile & 15, 4, dtype), tl.trans(even), part)
+            part = dot(centred(q_tile >> 4, 4, dtype), tl.trans(odd), part)
         else:
-            part = dot(_codes(q_tile, 8, dtype), tl.trans(x_tile), part)
+            part = dot(centred(q_tile, 8, dtype), tl.trans(x_tile), part)
         if SHIFT > 0:
             total = tl.sum(x_tile.to(tl.float32), axis=1)  # [BM]
         if STEPS_PER_GROUP == 0:
@@ -151,13 +132,15 @@ def forward(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, ac
     check_memory(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, activation)
     if act_bits not in (0, 8):
         raise ValueError(f"act_bits: must be 0 or 8, not {act_bits}")
+    if x.dtype == torch.float32 and act_bits == 0:
+        raise ValueError("x: must be float16 or bfloat16 where act_bits is 0")
     (m, k), n = x.shape, out_features
     y = x.new_empty((m, n))
     if m == 0 or n == 0:
         return y
     grouped, rounded = scale.shape[1] > 1, act_bits == 8 and k > 0
     with on_device_of(x):
-        config = config_for((m, n, k), 4 if q.dtype == torch.uint8 else 8, x.dtype, capability(), rounded, grouped)
+        config = config_for((m, n, k), 4 if q.dtype == torch.uint8 else 8, capability(), rounded, grouped)
         run = quant_matmul_act8.launch if rounded else launch
         return run(config, y, x, q, scale, zero, offset, bias, group_size, activation, slope)
 

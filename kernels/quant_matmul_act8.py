@@ -37,6 +37,8 @@ def default_for(shape: tuple[int, int, int], bits: int, grouped: bool, arch: int
         return Config(block_m=16 if m <= 16 else 32, block_n=64, block_k=256, split_k=16, num_warps=4, num_stages=3)
     if m * n <= 64 * 64 * multiprocessors(arch):
         return Config(block_m=64, block_n=64, block_k=128, split_k=16, num_warps=4, num_stages=4)
+    if bits == 4 and arch < 90:
+        return Config(block_m=64, block_n=128, block_k=128, split_k=4, num_warps=8, num_stages=4)
     if grouped or bits == 4 or m * n <= 256 * 128 * 100:
         return Config(block_m=128, block_n=128, block_k=128, split_k=4, num_warps=8, num_stages=4)
     return Config(block_m=256, block_n=128, block_k=128, split_k=1, num_warps=8, num_stages=3)

@@ -48,7 +48,7 @@ def quant_matmul_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tens
         *((m, bits, 128, zero, bf16, 0) for m in (1, 64, 2048) for bits in (4, 8) for zero in (None, "uint8")),
         *((m, 4, 32, "float32", bf16, 0) for m in (1, 64, 2048)),
         *((m, 8, -1, None, bf16, 0) for m in (1, 64, 2048)),
-        (32, 4, 128, None, bf16, 0), (2048, 4, 128, None, fp16, 0), (64, 4, 128, "uint8", fp32, 0),
+        (32, 4, 128, None, bf16, 0), (2048, 4, 128, None, fp16, 0),
         *((m, 8, -1, None, bf16, 8) for m in (1, 32, 64, 512, 4096)),
         *((m, bits, 128, "uint8", bf16, 8) for m in (1, 32, 64, 4096) for bits in (4, 8)),
         (64, 4, 32, "float32", fp16, 8), (4096, 4, -1, "float32", fp32, 8),
@@ -68,6 +68,24 @@ def quant_matmul_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tens
         one = dataclasses.replace(config, split_k=1)
         module = quant_matmul_act8 if "act8" in key else quant_matmul
         yield f"tuned {one} {key}", functools.partial(module.launch, one, *arguments)
+
+
+def quant_matmul_backward_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Every config of config_for, in the formats whose code differs."""
+    from pyarch.kernels import quant_matmul_backward
+
+    n = k = 4096
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for m, bits, group, zero, dtype in [
+        *((m, bits, 128, "uint8", bf16) for m in (1, 64, 4096) for bits in (4, 8)),
+        (4096, 4, 32, "float32", fp16), (64, 4, 32, None, bf16), (4096, 8, -1, None, bf16),
+    ]:  # fmt: skip
+        q = torch.empty((n, k * bits // 8), dtype=torch.uint8 if bits == 4 else torch.int8)
+        scale = torch.empty((n, 1 if group == -1 else k // group), dtype=dtype)
+        zeros = None if zero is None else torch.empty_like(scale, dtype=getattr(torch, zero))
+        label = f"m{m} int{bits} g{group} zero={zero} {dtype}".replace("torch.", "")
+        arguments = (torch.empty((m, n), dtype=dtype), q, scale, zeros, None, k, group)
+        yield label, lambda arguments=arguments: quant_matmul_backward.backward(*arguments)
 
 
 def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -164,6 +182,7 @@ def paged_kv_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
 TRITON = {
     "quant_matmul": quant_matmul_calls,
+    "quant_matmul_backward": quant_matmul_backward_calls,
     "flash_attention": flash_attention_calls,
     "flash_attention_backward": flash_attention_backward_calls,
     "paged_kv": paged_kv_calls,

@@ -21,7 +21,8 @@ contiguous (pyarch.copies). cuda reads 16 bytes at a time where x's rows begin a
 A row of y is bitwise the same for any M: on the CPU for any number of threads too (per CPU library), in cuda per GPU
 architecture. Where a group has a zero or an offset, an infinity in x may come out as NaN on a GPU.
 Gradients: for x and bias, through the dequantised weight, and through act_bits=8 as if it did not round (straight
-through); the codes have none.
+through); the codes have none. On a GPU the weight is rounded to x's dtype there, and so is what an activation is
+applied to where a gradient is wanted.
 Frantar et al., GPTQ, 2022; Lin et al., AWQ, 2023, for the formats.
 """
 
@@ -60,11 +61,11 @@ def quant_matmul(
     if chosen == "reference":
         return quant_matmul_reference(x, weight, bias, activation=activation, act_bits=act_bits)
     if _args.needs_grad(x, bias):
-        if bias is None and activation is None:
-            return _QuantMatmul.apply(x, weight, act_bits, chosen)
-        # An epilogue stays with autograd, in float32: its derivative needs the value before the activation.
-        y = _QuantMatmul.apply(x.float(), weight, act_bits, chosen)
-        return _activation.apply(activation, y if bias is None else y + bias.float()).to(x.dtype)
+        # The activation stays with autograd: its derivative needs the value before. On the CPU it is kept in float32.
+        if chosen != "cpu" or (bias is None and activation is None):
+            return _activation.apply(activation, _QuantMatmul.apply(x, bias, weight, act_bits, chosen))
+        y = _QuantMatmul.apply(x.float(), None if bias is None else bias.float(), weight, act_bits, chosen)
+        return _activation.apply(activation, y).to(x.dtype)
     return _run(chosen, x, weight, bias, activation, act_bits)
 
 
@@ -120,7 +121,6 @@ def check(x: Any, weight: Any, bias: Any = None, *, activation: Any = None, act_
         "g_idx": weight.g_idx is not None,
         "order": weight.order,
         "act_bits": act_bits,
-        "epilogue_gradient": (bias is not None or activation is not None) and _args.needs_grad(x, bias),
     }
 
 
@@ -148,21 +148,55 @@ def _run(
 
 
 class _QuantMatmul(torch.autograd.Function):
-    """x @ w.T; linear in x, so its backward is itself differentiable."""
+    """x @ w.T + bias. Its gradients are linear in dy, and differentiable."""
 
     @staticmethod
-    def forward(ctx, x, weight, act_bits, backend):
-        ctx.weight = weight
-        return _run(backend, x, weight, None, None, act_bits)
+    def forward(ctx, x, bias, weight, act_bits, backend):
+        ctx.weight, ctx.backend, ctx.bias = weight, backend, None if bias is None else (bias.shape, bias.dtype)
+        return _run(backend, x, weight, bias, None, act_bits)
 
     @staticmethod
     def backward(ctx, dy):
         wide = torch.float32 if dy.dtype != torch.float64 else torch.float64
-        return (dy.to(wide) @ ctx.weight.dequantize(wide)).to(dy.dtype), None, None, None
+        d_x = d_bias = None
+        if ctx.needs_input_grad[1]:
+            d_bias = dy.to(wide).sum_to_size(ctx.bias[0]).to(ctx.bias[1])
+        if ctx.needs_input_grad[0] and ctx.backend == "triton" and dy.dtype in NATIVE_GRADIENT:
+            native = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            d_x = (_Gradient.apply if native else _run_backward)(dy, ctx.weight, ctx.backend)
+        elif ctx.needs_input_grad[0]:
+            d_x = (dy.to(wide) @ ctx.weight.dequantize(wide)).to(dy.dtype)
+        return d_x, d_bias, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """dy @ w, whose own gradient is quant_matmul again."""
+
+    @staticmethod
+    def forward(ctx, dy, weight, backend):
+        ctx.weight, ctx.backend = weight, backend
+        return _run_backward(dy, weight, backend)
+
+    @staticmethod
+    def backward(ctx, d_dx):
+        return _QuantMatmul.apply(d_dx, None, ctx.weight, None, ctx.backend), None, None
+
+
+def _run_backward(dy: torch.Tensor, weight: QuantizedTensor, backend: str) -> torch.Tensor:
+    dense = _args.contiguous
+    dx = operator("quant_matmul_backward", backend)(
+        _args.rows(dy), dense(weight.q), dense(weight.scale), dense(weight.zero), dense(weight.offset),
+        weight.in_features, weight.group_size,
+    )  # fmt: skip
+    return _args.like_rows(dx, dy)
 
 
 def _fake(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, act_bits, activation, slope):
     return x.new_empty((x.shape[0], out_features))
+
+
+def _fake_backward(dy, q, scale, zero, offset, in_features, group_size):
+    return dy.new_empty((dy.shape[0], in_features))
 
 
 def _group_refused(facts: Facts) -> str | None:
@@ -188,7 +222,7 @@ LIMITS = {
     "cuda": Limits(
         "cuda",
         dtypes=(torch.bfloat16, torch.float16),
-        allowed={"g_idx": (False,), "act_bits": (None,), "epilogue_gradient": (False,)},
+        allowed={"g_idx": (False,), "act_bits": (None,)},
         capability=(8, 0),
         unless=_not_in_cuda,
     ),
@@ -199,13 +233,26 @@ LIMITS = {
         unless=_not_in_triton,
     ),
 }
-QUANT_MATMUL = Op("quant_matmul", LIMITS, check, "for x and bias, through the dequantised weight in PyTorch operations")
+QUANT_MATMUL = Op(
+    "quant_matmul",
+    LIMITS,
+    check,
+    "for x and bias, any number of times; that of x on triton by a native kernel (16-bit x), else through the"
+    " dequantised weight in PyTorch operations",
+)
+NATIVE_GRADIENT = (torch.bfloat16, torch.float16)  # the dtypes for which Triton has one
 define(
     "quant_matmul",
     "(Tensor x, Tensor q, Tensor scale, Tensor? zero, Tensor? offset, Tensor? g_idx, Tensor? bias,"
     " int out_features, int group_size, int act_bits, int activation, float slope) -> Tensor",
     _fake,
     triton="quant_matmul:forward",
+)
+define(
+    "quant_matmul_backward",
+    "(Tensor dy, Tensor q, Tensor scale, Tensor? zero, Tensor? offset, int in_features, int group_size) -> Tensor",
+    _fake_backward,
+    triton="quant_matmul_backward:backward",
 )
 
 OPS = {quant_matmul: QUANT_MATMUL}
