@@ -10,8 +10,8 @@
 
 --op quant_matmul keeps to one op. Each case is one line of JSON in bench/records/gpu/<card>.jsonl: medians and spread
 by contender, ratios, the fraction of the card's ceilings, versions, commit and clocks. What --seconds cut off goes on
-where it stopped: a case that this commit has on this card is not measured again. Nothing changes the card's settings;
-clocks are only read.
+where it stopped: a case that this commit has on this card is not measured again, nor is a test that these sources have
+passed run again. Nothing changes the card's settings; clocks are only read.
 
 Time is taken by CUDA events around replays of a graph of calls, so that launch gaps are not measured; contenders
 alternate, and their inputs rotate among copies larger than the cache.
@@ -20,16 +20,19 @@ alternate, and their inputs rotate among copies larger than the cache.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ import torch
 
 from pyarch import arch
 
-from . import _gpu_tune
+from . import _gpu_tests, _gpu_tune
 from ._gpu_cases import Case, cases
 from ._gpu_timer import measure
 
@@ -45,54 +48,38 @@ ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records/gpu"
 PARTS = ("test", "peers", "bench")  # of a run that names none
 ROUNDS = 21
-SANITIZER_SECONDS = 60  # for each of its tools
 
 
 def build() -> None:
-    """The CPU library that this machine uses and the CUDA library, in place; objects that are newer are kept."""
-    environment = os.environ | {"PYARCH_CUDA": "1", "PYARCH_CPU_ISA": arch.cpu_isas()[0]}
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
+    """The CPU library that this machine uses and the CUDA library for its card, in place, both at a time; objects that
+    are newer are kept."""
+    card = {(9, 0): "90a"}.get(torch.cuda.get_device_capability(), "80;90a")
+    cuda = {"PYARCH_CUDA": "1", "PYARCH_CPU_ISA": ";", "PYARCH_CUDA_ARCH": os.environ.get("PYARCH_CUDA_ARCH", card)}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    runs = [subprocess.Popen(command, cwd=ROOT, env=os.environ | part)
+            for part in (cuda, {"PYARCH_CUDA": "0", "PYARCH_CPU_ISA": arch.cpu_isas()[0]})]  # fmt: skip
+    for run in runs:
+        if run.wait():
+            sys.exit("make gpu: the build failed")
 
 
-def test(op: str, arguments: list[str]) -> int:
-    """The suite's tests of GPU backends: those with cuda, triton or gpu in their name."""
-    names = f"(cuda or triton or gpu) and not gpu_script and not cuda_build and {op or 'test'}"  # those two: elsewhere
-    command = [sys.executable, "-m", "pytest", "-q", "-k", names, *arguments]
-    if importlib.util.find_spec("xdist"):  # most of the time is Triton's compiler
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
-
-
-def sanitize(op: str) -> int:
-    """compute-sanitizer over the CUDA C++ kernels, on the suite's samples of them; 1 where it finds or cannot tell."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        print("compute-sanitizer is not here: accesses and races of the CUDA C++ kernels are not checked")
-        return 0
-    suite = [sys.executable, "-m", "pytest", "-q", "-k", f"test_suite and forward and cuda and {op or 'test'}"]
-    # Each tensor its own allocation, so that what lies past its end belongs to nobody.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    status = 0
-    for check in ("memcheck", "racecheck"):
-        watch = [tool, "--tool", check, "--kernel-name", "kns=pyarch", "--error-exitcode", "9", "--print-limit", "5"]
-        print(f"\n== compute-sanitizer {check}", flush=True)
-        try:
-            code = subprocess.run([*watch, *suite], cwd=ROOT, env=environment, timeout=SANITIZER_SECONDS).returncode
-        except subprocess.TimeoutExpired:
-            print(f"{check}: not finished in {SANITIZER_SECONDS} seconds")
-            code = 1
-        status |= code not in (0, 5)  # 5: pytest has no such test
-    return status
+def sources() -> str:
+    """A digest of what tests and measurements depend on."""
+    digest = hashlib.sha256()
+    for folder in ("pyarch", "kernels", "csrc", "tests", "bench"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where a figure comes from."""
     git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, capture_output=True).returncode
+    different = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!bench/records", ":!kernels/tuned"]  # what runs write
+    changed = subprocess.run(different, cwd=ROOT, capture_output=True).returncode  # without git too
     facts = {
-        "commit": (git.stdout.strip() or "unknown") + ("+changes" if changed else ""),
+        "commit": (git.stdout.strip() or "unknown") + (f"+{sources()}" if changed else ""),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -144,15 +131,56 @@ def fractions(record: dict, known: dict[tuple, dict]) -> dict[str, float]:
 
 def run(part: str, op: str, path: Path, device: torch.device, small: bool, end: float) -> Iterator[dict]:
     """Measures what is missing of a part and yields its records, each once it is written."""
-    about = machine(device)
-    for case in (c for c in cases() if c.part == part and (c.work.startswith(op) or c.work == "ceiling")):
+    about, known = machine(device), done(path)
+    left = [i for i, c in enumerate(cases()) if c.part == part and (c.work.startswith(op) or c.work == "ceiling")
+            and (about["card"], about["commit"], part, c.work, c.name) not in known]  # fmt: skip
+    if part == "bench" and device.type == "cuda" and left and time.monotonic() < end:
+        compile_all(left)
+    for case in (case for i, case in enumerate(cases()) if i in left):
         known = done(path)
-        if (about["card"], about["commit"], part, case.work, case.name) in known:
-            continue
         if time.monotonic() > end:
             print(f"--seconds are over; the same command goes on with {case.work}, {case.name}")
             return
         yield record(case, path, device, small, about, known)
+
+
+def compile_all(which: list[int]) -> None:
+    """Fills Triton's cache with what these cases need, in processes: compilation would be most of the time."""
+    pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
+    with pool:
+        list(pool.map(_run_once, which))
+
+
+def _run_once(which: int) -> None:
+    with torch.no_grad(), contextlib.suppress(Exception):  # measure() says what does not run
+        for call in list(cases())[which].make(torch.device("cuda"), False).calls.values():
+            with contextlib.suppress(Exception):
+                call(0)
+    torch.cuda.empty_cache()
+
+
+def tests(op: str, arguments: list[str], path: Path, device: torch.device, end: float) -> int:
+    """The suite on the GPU and compute-sanitizer; what this commit has passed on this card is not run again."""
+    about, known, status = machine(device), done(path), 0
+
+    def missing(work: str) -> bool:
+        return not known.get((about["card"], about["commit"], "test", work, op or "all"), {}).get("well")
+
+    def note(work: str, found: dict[str, Any]) -> int:
+        write({**about, "part": "test", "work": work, "case": op or "all", **found}, path)
+        return not found["well"]
+
+    if missing("suite") or arguments:
+        found = _gpu_tests.suite(op, arguments, ROOT / ".cache" / f"gpu-tests-{sources()}", end)
+        print(f"tests: {found}", flush=True)
+        status |= note("suite", found) if not arguments else not found["well"]
+    if missing("memcheck") or missing("racecheck"):
+        if time.monotonic() > end:
+            print("--seconds are over; the same command goes on with compute-sanitizer")
+            return 1
+        for check, well in _gpu_tests.sanitize(op):
+            status |= note(check, {"well": well})
+    return status
 
 
 def record(case: Case, path: Path, device: torch.device, small: bool, about: dict, known: dict) -> dict:
@@ -161,14 +189,18 @@ def record(case: Case, path: Path, device: torch.device, small: bool, about: dic
         found = measure(case.make(device, small), device, 3 if small else ROUNDS)
     line = {**about, "part": case.part, "work": case.work, "case": case.name, **found}
     line |= fractions(line, known)
-    line["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     line["sm_mhz, memory_mhz, celsius, watt"] = smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(_rounded(line)) + "\n")
+    write(line, path)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return line
+
+
+def write(line: dict[str, Any], path: Path) -> None:
+    line["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(_rounded(line)) + "\n")
 
 
 def _rounded(value: Any) -> Any:
@@ -204,12 +236,13 @@ def main() -> int:
     torch.backends.cudnn.benchmark = True  # the peer at its best
     device = torch.device("cpu" if asked.dry_run else "cuda")
     for part in PARTS if asked.part == "all" else (asked.part,):
-        if part == "test":
-            status |= test(asked.op, asked.arguments) | sanitize(asked.op)
-        elif part == "tune":
+        if part == "tune":
             _gpu_tune.tune(asked.op, asked.out, device, asked.dry_run, end, machine(device))
+            continue
+        path = asked.out or RECORDS / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".jsonl")
+        if part == "test":
+            status |= tests(asked.op, asked.arguments, path, device, end)
         else:
-            path = asked.out or RECORDS / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".jsonl")
             for r in run(part, asked.op, path, device, asked.dry_run, end):
                 print(line_of(r), flush=True)
                 status |= any(name.startswith("pyarch") for name in r.get("failed", ()))

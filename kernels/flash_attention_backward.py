@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from pyarch._copies import copied
 from pyarch.kernels import _attention as host
 from pyarch.kernels._attention import L2_BYTES, LOG2E
 from pyarch.kernels._common import capability, on_device_of
@@ -109,8 +110,8 @@ def backward(
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
-    """x, or, where its rows cannot be read in vectors of 16 bytes, a copy whose rows can, with zeros at their ends."""
-    return x if host.whole(x) else F.pad(x, (0, -x.shape[3] % (16 // x.element_size()))).contiguous()
+    """x, or, where its rows cannot be read in vectors of 16 bytes, a copy (pyarch.copies) with zeros at their ends."""
+    return x if host.whole(x) else copied(F.pad(x, (0, -x.shape[3] % (16 // x.element_size()))).contiguous())
 
 
 def launch(

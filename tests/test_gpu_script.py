@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import _gpu_timer, gpu, gpu_table
+from bench import _gpu_tests, _gpu_timer, gpu, gpu_table
 from bench._gpu_cases import Entry
 
 ROOT = Path(__file__).parent.parent
@@ -78,8 +78,8 @@ def test_compute_sanitizer(code, status, tmp_path, monkeypatch):
     tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> {log}\nexit {code}\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert gpu.sanitize("paged_kv") == status
-    memory, races = log.read_text().splitlines()
+    assert dict(_gpu_tests.sanitize("paged_kv")) == dict.fromkeys(("memcheck", "racecheck"), status == 0)
+    memory, races = sorted(log.read_text().splitlines())
     assert memory.startswith("1 --tool memcheck --kernel-name kns=pyarch ")
     assert races.startswith("1 --tool racecheck ")
     assert all("cuda and paged_kv" in line for line in (memory, races))
@@ -89,8 +89,65 @@ def test_compute_sanitizer_that_does_not_end(tmp_path, monkeypatch):
     (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "compute-sanitizer").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 0.1)
-    assert gpu.sanitize("") == 1
+    monkeypatch.setattr(_gpu_tests, "SANITIZER_SECONDS", 0.1)
+    assert not any(well for _, well in _gpu_tests.sanitize(""))
+
+
+def test_suite_is_dealt_out_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Every test runs once, in some process; what passed is not run again, what failed is."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    tests = "import pathlib, pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_gpu(i):\n"
+    tests += (
+        "    with open('ran', 'a') as f: f.write(f'{i}\\n')\n    assert i != 3 or pathlib.Path('mended').exists()\n"
+    )
+    (tmp_path / "test_some.py").write_text(tests)
+    monkeypatch.setattr(_gpu_tests, "PROCESSES", 2)
+    monkeypatch.chdir(tmp_path)
+    notes, ran = tmp_path / "notes", tmp_path / "ran"
+
+    def run(end=600.0):
+        arguments = [str(tmp_path), "--rootdir", str(tmp_path), "-c", str(tmp_path / "pytest.ini")]
+        found = _gpu_tests.suite("", arguments, notes, time.monotonic() + end)
+        done = sorted(map(int, ran.read_text().split())) if ran.exists() else []
+        ran.unlink(missing_ok=True)
+        return found, done
+
+    monkeypatch.setattr(_gpu_tests, "ROOT", tmp_path)
+    assert run(0) == ({"passed": 0, "earlier": 0, "failed": [], "well": False, "seconds": 0}, [])
+    assert "goes on" in capsys.readouterr().out
+    found, done = run()
+    assert done == list(range(7))
+    assert (found["passed"], found["failed"], found["well"]) == (6, ["test_some.py::test_gpu[3]"], False)
+    (tmp_path / "mended").touch()
+    found, done = run()
+    assert done == [3]
+    assert (found["passed"], found["earlier"], found["failed"], found["well"]) == (7, 6, [], True)
+
+
+def test_what_passed_is_not_run_again(tmp_path, monkeypatch):
+    """Of this commit on this card: the suite, and each tool of compute-sanitizer."""
+    runs, well = [], {"suite": False, "memcheck": True, "racecheck": False}
+    monkeypatch.setattr(gpu, "machine", lambda _: {"card": "Card", "commit": "abc"})
+    monkeypatch.setattr(_gpu_tests, "suite", lambda *_: runs.append("suite") or {"well": well["suite"]})
+    monkeypatch.setattr(
+        _gpu_tests, "sanitize", lambda _: runs.append("tools") or [(t, well[t]) for t in list(well)[1:]]
+    )
+    path, later = tmp_path / "card.jsonl", time.monotonic() + 60
+
+    def run(op="", end=later):
+        runs.clear()
+        return gpu.tests(op, [], path, torch.device("cpu"), end), list(runs)
+
+    assert run() == (1, ["suite", "tools"])
+    well["suite"] = well["racecheck"] = True
+    assert run(end=0) == (1, ["suite"])
+    assert run() == (0, ["tools"])
+    assert run() == (0, [])
+    assert run("paged_kv") == (0, ["suite", "tools"])
+    monkeypatch.setattr(gpu, "machine", lambda _: {"card": "Card", "commit": "abd"})
+    assert run() == (0, ["suite", "tools"])
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(r["part"], r["work"]) for r in kept} == {("test", work) for work in well}
 
 
 def test_table_of_goals(tmp_path, monkeypatch):

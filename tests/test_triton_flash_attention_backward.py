@@ -196,3 +196,15 @@ def test_operator_refuses_what_it_cannot_compute():
     ]:  # fmt: skip
         with pytest.raises((ValueError, RuntimeError), match=r"^[a-z_, ]+:"):
             call(*(good | {name: value}).values())
+
+
+@pytest.mark.parametrize(("d", "padded"), [(9, 16), (16, 0)])
+def test_what_is_padded_is_counted(d, padded):
+    """q, k, v, the output and its gradient, where rows are not vectors of 16 bytes."""
+    q, k, v = (torch.randn(1, 2, n, d, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for n in (5, 7, 7))
+    before = pyarch.copies()
+    out = pyarch.flash_attention(q, k, v, backend="triton")
+    assert pyarch.copies() == before
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    copies, copied = (b - a for a, b in zip(before, pyarch.copies(), strict=True))
+    assert (copies, copied) == ((5, (3 * 5 + 2 * 7) * 2 * padded * 2) if padded else (0, 0))

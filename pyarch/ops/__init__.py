@@ -1,6 +1,6 @@
 """The rooms: one file an op. A new op adds its line here."""
 
-from ._args import copies as copies
+from .._copies import copies as copies
 from ._paged_cache import OutOfPages as OutOfPages
 from ._paged_cache import PagedKVCache as PagedKVCache
 from .flash_attention import flash_attention as flash_attention

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .._copies import copied
+
 _Tensor, _STRIDED = torch.Tensor, torch.strided  # looked up once: every argument of every call is compared with them
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,26 +52,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-_copies = [0, 0]
-
-
-def copies() -> tuple[int, int]:
-    """(how many, their bytes): the copies that ops have made, since the process began, of arguments that lie in memory
-    as their kernel cannot read them. Each op says which it copies. Not counted: in compiled functions, and what the
-    gradient of flash_attention pads in Triton (kernels/flash_attention_backward.py)."""
-    return _copies[0], _copies[1]
-
-
-def _copied(t: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling():
-        _copies[0] += 1
-        _copies[1] += t.nbytes
-    return t
-
-
 def contiguous(t: Any) -> Any:
     """The tensor (or None), copied only if it is not contiguous."""
-    return t if t is None or t.is_contiguous() else _copied(t.contiguous())
+    return t if t is None or t.is_contiguous() else copied(t.contiguous())
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +67,7 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     try:
         return x.view(flat)
     except RuntimeError:
-        return _copied(x.reshape(flat))
+        return copied(x.reshape(flat))
 
 
 def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -92,4 +77,4 @@ def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def row_contiguous(t: torch.Tensor) -> torch.Tensor:
     """The tensor, copied only if its last dimension is not contiguous."""
-    return t if t.is_contiguous() or t.stride(-1) == 1 else _copied(t.contiguous())  # in this order: the faster one
+    return t if t.is_contiguous() or t.stride(-1) == 1 else copied(t.contiguous())  # in this order: the faster one
