@@ -68,7 +68,8 @@ def test_what_cannot_run_is_named():
     assert found["failed"] == {"pyarch": "ValueError: backend: no"}
     assert found["us"].keys() == {"peer", "other"}
     assert "ratio" not in found
-    assert found["tflops"] == pytest.approx(1e-3 / (found["us"]["peer"]["median"] * 1e-6), rel=1e-6)
+    fastest = min(t["median"] for t in found["us"].values())  # on a busy machine either
+    assert found["tflops"] == pytest.approx(1e-3 / (fastest * 1e-6), rel=1e-6)
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (5, 0), (1, 1), (9, 1)])
