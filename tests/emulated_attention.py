@@ -152,6 +152,21 @@ def invariance(attention):
         assert all(map(same, again, together))
 
 
+def spans(attention):
+    """Splits beyond a span: right, and the same bits from memory and by one block, alone and after a window's start."""
+    for dtype, group, options in ((torch.bfloat16, 3, {}), (torch.float16, 9, {"window": (4300, 0)})):
+        caches, dense = paged([4700, 300], 16, 1, 16, dtype)
+        q = torch.randn(2, group, 16).to(dtype)
+        close(f"spans, {dtype}", attention, q, caches, seeds=(1,), **options)
+        both = attention(q, *caches, seeds=(2,), **options)
+        alone = attention(q[:1], caches[0], caches[1], caches[2][:1], caches[3][:1], **options)
+        assert all(same(one, together[:1]) for one, together in zip(alone, both, strict=True))
+        k, v, table, lens = repaged(dense, 1024)
+        wide = torch.full((2, 60_000), -1, dtype=torch.int32)
+        wide[:, : table.shape[1]] = table
+        assert all(map(same, attention(q, k, v, wide, lens, **options), both))
+
+
 def values(attention):
     """NaN outside of what a row sees does not reach it; indices that are not possible give NaN, and nothing else."""
     (k, v, table, lens), _ = paged([300, 40], 16, 2, 24)
@@ -234,7 +249,7 @@ def limits(attention):
 def main(path: str) -> None:
     torch.set_num_threads(1)
     attention = Attention(path)
-    for part in (samples, shapes, invariance, values, scales, limits):
+    for part in (samples, shapes, invariance, spans, values, scales, limits):
         torch.manual_seed(0)
         begin, calls = time.perf_counter(), attention.calls
         part(attention)

@@ -73,6 +73,22 @@ PYARCH_KERNEL load_rows(Global<const bf16> rows, Global<uint32_t> r) {  // 32 ro
   ldmatrix4(got, shared<const bf16>(lane * 16));
   for (int i = 0; i < 4; ++i) r[4 * lane + i] = got[i];
 }
+PYARCH_KERNEL transpose_rows(Global<const bf16> rows,
+                             Global<uint32_t> r) {  // the same, and of the first matrix
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 8; ++i) shared<bf16>()[lane * 8 + i] = rows[lane * 8 + i];
+  sync_warp();
+  uint32_t got[4];
+  ldmatrix4_transposed(got, shared<const bf16>(lane * 16));
+  for (int i = 0; i < 4; ++i) r[5 * lane + i] = got[i];
+  r[5 * lane + 4] = transpose(shared<const uint32_t>()[lane]);
+}
+// Of every lane: the number of lane (lane + 5) % 32, and whether all numbers are below `limit`.
+PYARCH_KERNEL exchange(Global<int> y, int limit) {
+  const int lane = static_cast<int>(threadIdx.x);
+  y[2 * lane] = shfl(lane, (lane + 5) % 32);
+  y[2 * lane + 1] = all_of_warp(lane < limit);
+}
 
 // 16 bytes of which the first `bytes` are copied.
 PYARCH_KERNEL copy_part(Global<const float> x, Global<float> y, int bytes) {
@@ -96,6 +112,12 @@ extern "C" const char* run_multiply(const uint32_t* a, const uint32_t* b, float*
 }
 extern "C" const char* run_load(const uint16_t* rows, uint32_t* r) {
   return launch(load_rows, dim3(1), dim3(32), 512, Stream(), reinterpret_cast<const bf16*>(rows), r);
+}
+extern "C" const char* run_transpose(const uint16_t* rows, uint32_t* r) {
+  return launch(transpose_rows, dim3(1), dim3(32), 512, Stream(), reinterpret_cast<const bf16*>(rows), r);
+}
+extern "C" const char* run_exchange(int* y, int limit) {
+  return launch(exchange, dim3(1), dim3(32), 0, Stream(), y, limit);
 }
 extern "C" const char* run_copy_part(const float* x, float* y, int bytes) {
   return launch(copy_part, dim3(1), dim3(1), 16, Stream(), x, y, bytes);

@@ -66,6 +66,24 @@ def test_ldmatrix_is_laid_out_as_the_ptx_isa_says(kernels):
             assert torch.equal(r[lane, i : i + 1].view(torch.bfloat16), matrices[i, lane // 4, lane % 4 * 2 :][:2])
 
 
+def test_transposed_matrices_are_laid_out_as_the_ptx_isa_says(kernels):
+    matrices = torch.randn(4, 8, 8).bfloat16()
+    r = torch.zeros(32, 5, dtype=torch.int32)
+    assert run(kernels, "run_transpose", matrices, r) is None
+    for lane in range(32):
+        for i in range(5):  # the last one from registers
+            column = matrices[i % 4, lane % 4 * 2 :, lane // 4][:2]
+            assert torch.equal(r[lane, i : i + 1].view(torch.bfloat16), column)
+
+
+@pytest.mark.parametrize("limit", [0, 31, 32])
+def test_lanes_exchange_numbers_and_votes(kernels, limit):
+    y = torch.full((32, 2), -1, dtype=torch.int32)
+    assert run(kernels, "run_exchange", y, limit) is None
+    assert y[:, 0].tolist() == [(lane + 5) % 32 for lane in range(32)]
+    assert y[:, 1].tolist() == [int(limit == 32)] * 32
+
+
 @pytest.mark.parametrize("size", range(0, 17, 4))
 def test_a_part_of_16_bytes(kernels, size):
     x, y = torch.randn(size // 4), torch.full((4,), torch.nan)

@@ -158,13 +158,13 @@ std::tuple<Tensor, Tensor> paged_attention(Tensor q, Tensor k_cache, Tensor v_ca
     c.start_step = cu_seqlens_q->stride(0);
   }
   pyarch_paged_attention_plan(&c);
+  PYARCH_CHECK(c.plan.blocks < int64_t{1} << 31, "q: more than 2^31 tiles");
 
   const OnDeviceOf on(q);
   Tensor out = empty_beside(q, {c.total, c.q_heads, c.dim}, dtype);
   Tensor lse = empty_beside(q, {c.total, c.q_heads}, ScalarType::Float);
   c.out = out.data_ptr(), c.lse = static_cast<float*>(lse.data_ptr());
-  const bool split = c.plan.grid_splits > 1;
-  const Tensor arrived = empty_beside(q, {split ? c.plan.tiles * c.plan.head_tiles : 0}, ScalarType::Int);
+  const Tensor arrived = empty_beside(q, {c.plan.counters}, ScalarType::Int);
   const Tensor partial = empty_beside(q, {c.plan.partial_floats}, ScalarType::Float);
   c.arrived = arrived.data_ptr(), c.partial = static_cast<float*>(partial.data_ptr());
   check_queued("paged_attention", pyarch_paged_attention(&c, on.stream));

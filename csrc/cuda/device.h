@@ -8,11 +8,11 @@
 //                          groups done
 //   cp16_part              the same of the first 0 to 16 bytes, with zeros for the others
 //   sync, sync_any         barrier of the block; the same, and whether any of its threads said true
-//   sync_warp              barrier of a warp
+//   sync_warp, all_of_warp barrier of a warp; the same, and whether all of its lanes said true
 //   fence                  what this thread wrote or, before a barrier, its block did is visible to other
 //   blocks
 //                          before what it writes next; what it reads next is not older than what it read
-//   shfl_xor, shfl_down    exchange within a full warp
+//   shfl, shfl_xor, shfl_down  exchange within a full warp: with a lane by its number, or as far away
 //   atomic_add             returns the value before
 //   clear(p, bytes, stream), launch(kernel, grid, block, shared bytes, stream, arguments...)
 //                          -> nullptr, or what CUDA says is wrong
@@ -83,7 +83,12 @@ PYARCH_DEVICE void wait() {
 PYARCH_DEVICE void sync() { __syncthreads(); }
 PYARCH_DEVICE bool sync_any(bool mine) { return __syncthreads_or(mine); }
 PYARCH_DEVICE void sync_warp() { __syncwarp(); }
+PYARCH_DEVICE bool all_of_warp(bool mine) { return __all_sync(0xffffffff, mine); }
 PYARCH_DEVICE void fence() { __threadfence(); }
+template <class T>
+PYARCH_DEVICE T shfl(T value, int lane) {
+  return __shfl_sync(0xffffffff, value, lane);
+}
 template <class T>
 PYARCH_DEVICE T shfl_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);

@@ -3,6 +3,9 @@
 //
 //   ldmatrix4(r, row)   four 8x8 matrices from shared memory: lane l gives the address of row l % 8 of
 //                       matrix l / 8, 16 bytes, aligned; r[i] is matrix i, row g, columns 2t and 2t + 1
+//   ldmatrix4_transposed(r, row)   the same, but r[i] is rows 2t and 2t + 1 of matrix i, column g
+//   transpose(x)        of an 8x8 matrix in registers: given row g, columns 2t and 2t + 1; gives rows 2t and
+//                       2t + 1, column g
 //   mma(d, a, b)        d += a b, with d [16, 8] in fp32, a [16, 16], b [16, 8]:
 //                       a[0] row g, columns 2t and 2t + 1; a[1] row g + 8; a[2], a[3] as these, 8 columns on
 //                       b[0] rows 2t and 2t + 1, column g; b[1] as this, 8 rows on
@@ -17,8 +20,8 @@ namespace pyarch {
 
 #if defined(PYARCH_EMU)
 
-template <class T>
-void ldmatrix4(uint32_t (&r)[4], Shared<const T> row) {
+template <bool transposed, class T>
+void load_matrices(uint32_t (&r)[4], Shared<const T> row) {
   struct Part {
     const T* row;
     uint32_t* r;
@@ -30,10 +33,40 @@ void ldmatrix4(uint32_t (&r)[4], Shared<const T> row) {
     if (lanes != 32) emu::fault("ldmatrix by a warp that is not full");
     for (int l = 0; l < 32; ++l)
       for (int i = 0; i < 4; ++i) {
-        const Part& from = *static_cast<Part*>(parts[8 * i + l / 4]);
-        std::memcpy(&static_cast<Part*>(parts[l])->r[i], (from.early ? from.read : from.row) + l % 4 * 2, 4);
+        T two[2];
+        for (int half = 0; half < 2; ++half) {
+          const int row = transposed ? l % 4 * 2 + half : l / 4,
+                    column = transposed ? l / 4 : l % 4 * 2 + half;
+          const Part& from = *static_cast<Part*>(parts[8 * i + row]);
+          two[half] = (from.early ? from.read : from.row)[column];
+        }
+        std::memcpy(&static_cast<Part*>(parts[l])->r[i], two, 4);
       }
   });
+}
+template <class T>
+void ldmatrix4(uint32_t (&r)[4], Shared<const T> row) {
+  load_matrices<false>(r, row);
+}
+template <class T>
+void ldmatrix4_transposed(uint32_t (&r)[4], Shared<const T> row) {
+  load_matrices<true>(r, row);
+}
+
+inline uint32_t transpose(uint32_t x) {
+  struct Part {
+    uint32_t given, received;
+  } mine{x, 0};
+  emu::together(&mine, [](void* const* parts, int lanes) {
+    if (lanes != 32) emu::fault("movmatrix by a warp that is not full");
+    for (int l = 0; l < 32; ++l)
+      for (int half = 0; half < 2; ++half) {
+        const int row = l % 4 * 2 + half, column = l / 4;
+        const uint32_t word = static_cast<Part*>(parts[row * 4 + column / 2])->given;
+        static_cast<Part*>(parts[l])->received |= (word >> 16 * (column % 2) & 0xffffu) << 16 * half;
+      }
+  });
+  return mine.received;
 }
 
 template <class T>
@@ -94,6 +127,20 @@ PYARCH_DEVICE void ldmatrix4(uint32_t (&r)[4], const T* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+template <class T>
+PYARCH_DEVICE void ldmatrix4_transposed(uint32_t (&r)[4], const T* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+PYARCH_DEVICE uint32_t transpose(uint32_t x) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(x));
+  return result;
 }
 
 template <class T>

@@ -28,8 +28,9 @@ const char* pyarch_kv_append(const KvAppend* call, void* stream);
 // How the work is cut, from sizes alone. No choice changes a result.
 struct PagedAttentionPlan {
   int64_t lanes, heads_a_tile, rows_a_tile;  // query vectors of a tile: rows_a_tile * heads_a_tile <= lanes
-  int64_t tiles, head_tiles, grid_splits;    // the grid
-  int64_t splits, partial_floats;  // of a tile at most; what goes through memory, 0 with one grid split
+  int64_t head_tiles, blocks, grid_splits;   // the grid: blocks = tiles * head_tiles, by grid_splits
+  int64_t splits, spans;                     // of a tile at most
+  int64_t partial_floats, counters;          // what goes through memory, 0 with one grid split
 };
 
 // q (total, q_heads, dim) over caches (pages, page_size, heads, dim); strides in elements, the last dimension
@@ -39,8 +40,8 @@ struct PagedAttention {
   const int32_t *table, *lengths, *starts;  // (batch, columns), (batch), (batch + 1) or null: one row each
   void* out;                                // (total, q_heads, dim), contiguous
   float* lse;                               // (total, q_heads)
-  void* arrived;                            // tiles * head_tiles int32, where grid_splits > 1
-  float* partial;                           // partial_floats
+  void* arrived;                            // plan.counters int32
+  float* partial;                           // plan.partial_floats
   const float *k_scale, *v_scale;  // (pages, page_size, heads) of int8 caches, else null: of q's type
   int64_t type;                    // of q: 0 float, 1 bf16, 2 fp16
   int64_t total, q_heads, dim, pages, page_size, heads, batch, columns;

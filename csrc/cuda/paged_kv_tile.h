@@ -10,26 +10,21 @@ namespace pyarch {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kSplit = 256;  // positions that are summed before they are folded
-constexpr int kPerKey = 4;   // threads that share a position's product with q
-constexpr int kBatch = 32;   // splits that the last block folds between two barriers
+constexpr int kSplit = 256,
+              kMine = kSplit / kWarps;  // positions that are summed before they are folded; a warp's
+constexpr int kSpan = 16;               // splits that are folded before they are, from multiples of it
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr int64_t kNowhere = -1;  // the offset of a position that is not read
-// In the place of a probability that is none: a NaN that no arithmetic gives, for any number may be one times
-// a scale.
-constexpr uint32_t kUnseen = 0xffa5c3e1;
 
+// A stage of a warp's copies: so many positions, 32 bytes for each element of the head.
 template <class T>
-constexpr int kTile = sizeof(T) == 4 ? 32 : 64;  // positions
+constexpr int kRows = 32 / static_cast<int>(sizeof(T));
 template <class T>
-constexpr int kStages =
-    sizeof(T) == 1 ? 4 : 3;  // tiles in shared memory: one in use, the others on their way
-template <int L>
-constexpr int kBlocks = L == 8   ? 2
-                        : L == 4 ? 3
-                                 : 4;  // that a multiprocessor has registers for
+constexpr int kTile = kWarps * kRows<T>;  // positions of a block's stage
 template <class T>
-constexpr int kOwn = sizeof(T) == 4 ? 4 : 8;  // elements of the answer that a thread adds up
+constexpr int kOctets = kRows<T> / 8;
+template <int D>
+constexpr int kStages = D > 128 ? 2 : 3;  // one in use, the others on their way
 template <class T>
 constexpr bool kScaled = sizeof(T) == 1;  // codes, with a scale for each position and head
 
@@ -47,61 +42,68 @@ struct Call {
   Global<const float> sinks;
   Global<const Q> sinks_as_q;
   Global<Q> out;
-  Global<float> lse, partial;  // partial: (tile, group of heads, split) -> acc [L][dim], m [L], l [L]
-  Global<int> arrived;         // (tile, group of heads)
+  Global<float> lse, partial;  // partial: (tile, its splits, then its spans) -> acc [dim][L], m [L], l [L]
+  Global<int> arrived;         // (tile, all its spans, then each)
   Strides k_stride, v_stride, k_scale_stride, v_scale_stride;
   int64_t q_row, q_head, table_row, table_column, length_step, start_step, sink_step;
-  int64_t batch, total, pages, page_size, capacity, left, right, splits;
-  int heads, group, heads_a_tile, rows_a_tile, dim,
-      key_bytes;  // key_bytes: of a row in shared memory, padded
+  int64_t batch, total, pages, page_size, capacity, left, right;
+  int head_tiles, splits, spans;  // of a tile at most
+  int heads, group, heads_a_tile, rows_a_tile, dim;
+  int row_bytes;  // of a position in shared memory: an odd number of 16 bytes, so that 8 lie in different
+                  // banks
   bool has_starts, has_sinks, sinks_are_float;
-  float scale, softcap;
+  float scale, softcap, per_softcap;  // per_softcap: 1 / softcap
 };
 
-// Byte offsets of what lies in shared memory. `sums` takes the ring's place once all its tiles are used.
+// Where things lie in shared memory, in bytes: the ring of each warp, the offsets of its positions, then what
+// the block shares.
 struct Layout {
-  int64_t q, scores, offsets, k_scale, v_scale, acc, m, l, a, b, bytes;
+  int stage, offsets, q, odd, own, sums, bytes;
 };
-template <class T>
-PYARCH_BOTH Layout layout(int lanes, int dim, int key_bytes) {
-  const int64_t ring = int64_t{kStages<T>} * kTile<T> * key_bytes;
-  const int64_t sums = int64_t{kThreads} * lanes * kOwn<T> * 4, scales = kScaled<T> ? 4 * kSplit : 0;
-  const int64_t fold = int64_t{kBatch} * 2 * lanes * 4;
+template <class T, int D, int NT>
+PYARCH_BOTH constexpr Layout layout(int dim, int row_bytes) {
   Layout at{};
-  at.q = ring > sums ? ring : sums;
-  at.scores = at.q + int64_t{4} * lanes * dim;
-  at.offsets = at.scores + int64_t{4} * kSplit * lanes;
-  at.k_scale = at.offsets + int64_t{2} * 8 * kSplit;
-  at.v_scale = at.k_scale + scales;
-  at.acc = at.v_scale + scales;
-  at.m = at.acc + int64_t{4} * lanes * dim;
-  at.l = at.m + 64;
-  at.a = at.l + 64;
-  at.b = at.a + fold / 2;
-  at.bytes = at.b + fold / 2;
+  at.stage = kRows<T> * row_bytes;
+  at.offsets = kWarps * kStages<D> * at.stage;
+  at.q = at.offsets + kWarps * 2 * 2 * kMine * 8;
+  at.odd = at.q + ((dim + 63) / 64 * 64 + 4) * 32;  // 8 query vectors of float, or 16 of 16 bits
+  at.own = at.odd + kWarps * dim * 4;
+  at.sums = at.own + NT * 8 * (dim + 2) * 4;
+  at.bytes = at.sums + NT * kWarps * 2 * 8 * 4;
   return at;
 }
+// An odd number of 16 bytes, so that 8 positions lie in different banks.
+template <class T>
+PYARCH_BOTH constexpr int row_bytes(int dim) {
+  return (dim * static_cast<int>(sizeof(T)) / 16 | 1) * 16;
+}
+// What a block can have on the GPUs with the least (sm_86, sm_89).
+template <class T, int D, int NT>
+constexpr bool kFits = layout<T, D, NT>(D, row_bytes<T>(D)).bytes <= 99 * 1024;
+static_assert(kFits<float, 256, 1> && kFits<uint16_t, 256, 1> && kFits<int8_t, 256, 1>, "of every head size");
+static_assert(kFits<float, 128, 1> && kFits<uint16_t, 128, 2> && kFits<int8_t, 128, 2>,
+              "and number of lanes");
 
-// The tile of a block: rows of one sequence, and what they attend to.
+// The tile of a block: rows of one sequence, and the positions that they attend to.
 struct Tile {
-  int64_t sequence, first_row, position, low, high, length;  // position: of the first row
-  int rows;
-  bool valid;  // false: the lengths or starts are, and the rows become NaN
+  int64_t first_row;
+  int sequence, rows, position, low, high;  // position: of the first row
+  bool valid;                               // false: the lengths or starts are, and the rows become NaN
 };
 
 template <class T, class Q>
 PYARCH_DEVICE Tile find_tile(const Call<T, Q>& c) {
-  const int64_t index = blockIdx.x, rows = c.rows_a_tile;
-  Tile t{index, index, 0, 0, 0, 0, 1, true};
+  const int64_t index = blockIdx.x / c.head_tiles, rows = c.rows_a_tile;
+  Tile t{index, static_cast<int>(index), 1, 0, 0, 0, true};
   int64_t sequence_rows = 1, first_in_sequence = 0;
   if (c.has_starts) {
     // Sequence b has the tiles from starts[b] / rows + b on: enough, and some of them are empty.
-    const Shared<int64_t> found = shared<int64_t>();
+    const Shared<int> found = shared<int>();
     bool wrong = false;
     for (int64_t b = threadIdx.x; b < c.batch; b += kThreads) {
       const int64_t begin = c.starts[b * c.start_step], end = c.starts[(b + 1) * c.start_step];
       wrong = wrong || end < begin || (b == 0 && begin != 0) || (b + 1 == c.batch && end != c.total);
-      if (begin / rows + b <= index && index <= end / rows + b) found[0] = b;
+      if (begin / rows + b <= index && index <= end / rows + b) found[0] = static_cast<int>(b);
     }
     t.valid = !sync_any(wrong);
     if (!t.valid) {
@@ -119,61 +121,48 @@ PYARCH_DEVICE Tile find_tile(const Call<T, Q>& c) {
     t.rows = static_cast<int>(left < rows ? left : rows);
     if (t.rows <= 0) return t;
   }
-  t.length = c.lengths[t.sequence * c.length_step];
-  t.valid = t.length >= 0 && t.length <= c.capacity;
-  t.position = t.length - sequence_rows + first_in_sequence;
-  const int64_t low = t.position - c.left, high = t.position + t.rows + c.right;
-  t.low = low > 0 ? low : 0;
-  t.high = high < t.length ? high : t.length;
-  if (t.low >= t.high) t.low = t.high = 0;
+  const int64_t length = c.lengths[t.sequence * c.length_step];
+  t.valid = length >= 0 && length <= c.capacity;
+  const int64_t position = length - sequence_rows + first_in_sequence;
+  const int64_t low = position - c.left, high = position + t.rows + c.right;
+  t.position = static_cast<int>(position);
+  t.low = static_cast<int>(low > 0 ? low : 0);
+  t.high = static_cast<int>(high < length ? high : length);
+  if (low >= length || high <= t.low) t.low = t.high = 0;
   return t;
 }
 
-// The pieces of `elements` that a thread has of rows of `dim`: element `mine` of positions first, first +
-// apart,
-// ... of a tile; first is kTile where it has none.
-struct Share {
-  int mine, first, apart;
-};
-template <class T>
-PYARCH_DEVICE Share share(int dim, int elements) {
-  const int thread = static_cast<int>(threadIdx.x), pieces = dim / elements, row = thread / pieces;
-  const int apart = kThreads / pieces < kTile<T> ? kThreads / pieces : kTile<T>;
-  return {thread % pieces * elements, row < apart ? row : kTile<T>, apart};
-}
+// What rows and lanes of a tile see of a split that begins at `start`.
+struct Sight {
+  const Tile& t;
+  int64_t left, right;
+  int heads;
 
-// The scales of a thread's positions of a split, between global and shared memory.
-struct Scales {
-  float k[kSplit / kThreads], v[kSplit / kThreads];
-};
-
-// Where the positions of a split lie in the caches: offsets[0] of K, offsets[kSplit] of V. Their scales are
-// asked for and not waited for.
-template <class T, class Q>
-PYARCH_DEVICE Scales find_positions(const Call<T, Q>& c, const Tile& t, int64_t head, int64_t start,
-                                    Shared<int64_t> offsets) {
-  Scales scales{};
-#pragma unroll
-  for (int n = 0; n < kSplit / kThreads; ++n) {
-    const int i = static_cast<int>(threadIdx.x) + n * kThreads;
-    const int64_t position = start + i;
-    int64_t k = kNowhere, v = kNowhere;
-    if (position >= t.low && position < t.high) {
-      const int64_t in = position % c.page_size;
-      const int64_t page = c.table[t.sequence * c.table_row + position / c.page_size * c.table_column];
-      if (page >= 0 && page < c.pages) {
-        const auto offset = [&](const Strides& s) { return page * s.page + in * s.position + head * s.head; };
-        k = offset(c.k_stride), v = offset(c.v_stride);
-        if constexpr (kScaled<T>)
-          scales.k[n] = c.k_scale[offset(c.k_scale_stride)],
-          scales.v[n] = c.v_scale[offset(c.v_scale_stride)];
-      }
-    }
-    offsets[i] = k;
-    offsets[kSplit + i] = v;
+  // Positions of the split from .low on and before .high.
+  struct Range {
+    int low, high;
+    PYARCH_DEVICE bool has(int i) const { return i >= low && i < high; }
+  };
+  PYARCH_DEVICE Range of_rows(int start, int64_t low, int64_t high) const {
+    low = (low > t.low ? low : t.low) - start, high = (high < t.high ? high : t.high) - start;
+    return {static_cast<int>(low < 0        ? 0
+                             : low > kSplit ? kSplit
+                                            : low),
+            static_cast<int>(high < 0        ? 0
+                             : high > kSplit ? kSplit
+                                             : high)};
   }
-  return scales;
-}
+  PYARCH_DEVICE Range of_tile(int start) const { return of_rows(start, t.low, t.high); }
+  PYARCH_DEVICE Range of_lane(int start, int lane) const {
+    const int row = lane / heads;
+    const int64_t own = int64_t{t.position} + row;
+    return row < t.rows ? of_rows(start, own - left, own + right + 1) : Range{0, 0};
+  }
+  // What every row sees.
+  PYARCH_DEVICE Range of_all(int start) const {
+    return of_rows(start, int64_t{t.position} + t.rows - 1 - left, int64_t{t.position} + right + 1);
+  }
+};
 
 }  // namespace
 }  // namespace pyarch

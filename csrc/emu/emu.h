@@ -137,6 +137,14 @@ inline void fence() { emu::fence(); }
 inline void sync_warp() {
   emu::together(nullptr, [](void* const*, int) {});
 }
+inline bool all_of_warp(bool mine) {
+  emu::together(&mine, [](void* const* parts, int lanes) {
+    bool all = true;
+    for (int i = 0; i < lanes; ++i) all = all && *static_cast<bool*>(parts[i]);
+    for (int i = 0; i < lanes; ++i) *static_cast<bool*>(parts[i]) = all;
+  });
+  return mine;
+}
 template <class T>
 T shuffle_from(T value, int from_lane) {
   struct Part {
@@ -151,6 +159,10 @@ T shuffle_from(T value, int from_lane) {
     }
   });
   return mine.received;
+}
+template <class T>
+T shfl(T value, int lane) {
+  return shuffle_from(value, lane);
 }
 template <class T>
 T shfl_xor(T value, int mask) {

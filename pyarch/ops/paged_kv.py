@@ -39,8 +39,9 @@ nothing outside their arguments, and give NaN to the rows of a sequence whose le
 attend to a position whose table entry is not a page, and to all rows if cu_seqlens_q does not rise from 0 to total_q.
 
 For inference: a call that autograd would record runs on the reference. On GPUs few rows, 16 a sequence on average, run
-in CUDA C++ where it takes the layout, and all else in Triton, which rounds probabilities, and values of int8 caches, to
-the dtype of q. Not supported: fp8 caches, tree masks, values of another head size than keys.
+in CUDA C++ where it takes the layout (with q of 16 bits, an infinite value gives NaN there), and all else in Triton,
+which rounds probabilities, and values of int8 caches, to the dtype of q. Not supported: fp8 caches, tree masks, values
+of another head size than keys.
 Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023; Dao et al.,
 Flash-Decoding for long-context inference, 2023.
 """
@@ -153,7 +154,7 @@ PAGED_ATTENTION = Op(
     "paged_attention",
     {
         "cpu": Limits("cpu", unless=inference_only),
-        # It reads the cache once for every 8 query vectors of a key head, so prompts are for Triton.
+        # It reads the cache once for every 8 or 16 query vectors of a key head, so prompts are for Triton.
         "cuda": Limits(
             "cuda",
             ranges={"head_dim": (8, 256), "rows_a_sequence": (0, 16)},
