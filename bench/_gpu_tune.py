@@ -53,7 +53,7 @@ def quant_matmul_kinds(small: bool) -> Iterator[Kind]:
     small_weights, large_weights = ((4096, 4096), (6144, 2560)), ((11008, 4096), (4096, 14336), (8192, 8192))
     formats = (4, 128, False), (8, 128, False), (8, -1, True)  # bits, group_size, rounded
     for shapes, m, (bits, group, rounded) in itertools.product(
-        (small_weights, large_weights), (1, 32, 64, 256, 2048), formats
+        (small_weights, large_weights), (1, 32, 64, 256, 1024, 4096), formats
     ):
         if small:
             shapes, m = ((128, 128),), 1
@@ -83,6 +83,8 @@ def quant_matmul_kinds(small: bool) -> Iterator[Kind]:
             default = quant_matmul_act8.default_for(shape, bits, grouped, 90)
         else:
             default = kernel.default_for(shape, 90)
+        if m > 64 and not rounded:
+            candidates.insert(0, dataclasses.replace(default, dequantise=True))
         key = kernel.key_for(shape, bits, rounded, grouped)
         yield Kind("quant_matmul", key, default, candidates[: 2 if small else None], make)
         if small:

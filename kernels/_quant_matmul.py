@@ -19,6 +19,7 @@ class Config:
     split_k: int
     num_warps: int
     num_stages: int
+    dequantise: bool = False  # instead: the weight goes into scratch for torch's matmul, and tiles mean nothing
 
 
 def fit(config: Config, shape: tuple[int, int, int], arch: int) -> Config:
@@ -89,6 +90,13 @@ def shift_of(value, s, CENTRE: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def numbers(q, s, t, BITS: tl.constexpr, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """The weights that codes, scales and shifts (fp32) stand for, rounded once to 16 bits; 4-bit codes as 0..15."""
+    w = centred(q, BITS, dtype).to(tl.float32) * s
+    return narrow(w + t if SHIFT > 0 else w, dtype)
+
+
+@triton.jit
 def reduce_kernel(
     partial, bias, y, M, N, slope,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
@@ -97,13 +105,13 @@ def reduce_kernel(
     m = tl.program_id(1) + tl.arange(0, 1)
     inside = (n < N)[:, None] & (m < M)[None, :]
     cell = partial + m.to(tl.int64)[None, :] * N + n[:, None]  # [BN, 1]
-    acc = tl.load(cell, mask=inside, other=0.0)
+    acc = tl.load(cell, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, SPLIT):
         acc += tl.load(cell + tl.cast(M, tl.int64) * N * part, mask=inside, other=0.0)
     finish(acc, bias, y, n, m, N, inside, HAS_BIAS, ACTIVATION, slope)
 
 
 def reduce(partial: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, slope: float, **constants) -> None:
-    """The second pass where K was split: y from partial sums (SPLIT, M, N), on the current GPU."""
+    """The second pass where K was split: y from partial sums (SPLIT, M, N), on the current GPU. One part may be y."""
     m, n = y.shape
     reduce_kernel[triton.cdiv(n, 1024), m](partial, bias, y, m, n, slope, BN=1024, num_warps=4, **constants)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyarch.kernels import quant_matmul_act8
+from pyarch.kernels import quant_matmul_act8, quant_matmul_dense
 from pyarch.kernels._common import capability, dot, on_device_of
 from pyarch.kernels._quant_matmul import Config, centred, check_memory, finish, fit, multiprocessors, reduce, shift_of
 from pyarch.kernels._tuned import tuned
@@ -34,7 +34,7 @@ def key_for(shape: tuple[int, int, int], bits: int, rounded: bool = False, group
     """What calls share a tuned config: the rows of a tile, and the weight's elements to a power of two. rounded: with
     act_bits=8, where it also counts whether a row of the weight has groups."""
     m, n, k = shape
-    rows = next((rows for rows in (16, 32, 64, 256) if m <= rows), "more")
+    rows = next((rows for rows in (16, 32, 64, 256, 1024) if m <= rows), "more")
     kind = f"int{bits}" + " act8" * rounded + " row" * (rounded and not grouped)
     return f"{kind} m{rows} 2^{(n * k).bit_length() - 1}"
 
@@ -147,6 +147,8 @@ def forward(x, q, scale, zero, offset, g_idx, bias, out_features, group_size, ac
 
 def launch(config: Config, y, x, q, scale, zero, offset, bias, group_size, activation, slope):
     """Fills and returns y (M, N) with the given config, on the current GPU."""
+    if config.dequantise:
+        return quant_matmul_dense.launch(y, x, q, scale, zero, offset, bias, group_size, activation, slope)
     (m, k), n, groups = x.shape, q.shape[0], scale.shape[1]
     q, scale = q.contiguous(), scale.contiguous()
     shift = zero if zero is not None else offset

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from pyarch.kernels._common import bound, capability, dot, narrow, on_device_of
-from pyarch.kernels._quant_matmul import Config, centred, check_memory, shift_of
+from pyarch.kernels._quant_matmul import Config, check_memory, numbers, shift_of
 
 
 def config_for(m: int, arch: int) -> Config:
@@ -75,13 +75,10 @@ def _gradient_kernel(
             t = _spread(shift_of(tl.load(shift + of_group), s, CENTRE, SHIFT), BN, PARTS, WIDTH)
         s = _spread(s, BN, PARTS, WIDTH)
         if BITS == 4:
-            even = centred(q_tile & 15, 4, dtype).to(tl.float32) * s
-            odd = centred(q_tile >> 4, 4, dtype).to(tl.float32) * s
-            low = dot(dy_tile, narrow(even + t if SHIFT > 0 else even, dtype), low)
-            high = dot(dy_tile, narrow(odd + t if SHIFT > 0 else odd, dtype), high)
+            low = dot(dy_tile, numbers(q_tile & 15, s, t, 4, SHIFT, dtype), low)
+            high = dot(dy_tile, numbers(q_tile >> 4, s, t, 4, SHIFT, dtype), high)
         else:
-            w = centred(q_tile, 8, dtype).to(tl.float32) * s
-            low = dot(dy_tile, narrow(w + t if SHIFT > 0 else w, dtype), low)
+            low = dot(dy_tile, numbers(q_tile, s, t, 8, SHIFT, dtype), low)
 
     if BITS == 4:
         result = tl.reshape(tl.join(narrow(low, dtype), narrow(high, dtype)), (BM, BK))

@@ -70,6 +70,7 @@ class Op:
     limits: Mapping[str, Limits]
     check: Callable[..., Facts]  # the public function's arguments, less backend -> facts; raises on bad input
     gradient: str  # one sentence: how gradients are computed
+    note: Callable[..., str | None] | None = None  # (backend, *arguments): what else explain says of a call
 
     def refuses(self, backend: str, facts: Facts) -> str | None:
         """Why this backend cannot run this call; None if it can."""

@@ -18,11 +18,13 @@ class Explanation:
     permitted: tuple[str, ...]
     refused: dict[str, str]
     gradient: str
+    note: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op} -> {self.backend}"]
         lines += [f"  {name}: {'chosen' if name == self.backend else 'permitted'}" for name in self.permitted]
         lines += [f"  {name}: no, {reason}" for name, reason in self.refused.items()]
+        lines += [f"  note: {self.note}"] if self.note else []
         return "\n".join([*lines, f"  gradient: {self.gradient}"])
 
 
@@ -51,4 +53,6 @@ def explain(target: Callable, *args, backend: str = "auto", **kwargs) -> Explana
     facts = op.check(*args, **kwargs)
     refused = {name: reason for name in BACKENDS if (reason := op.refuses(name, facts)) is not None}
     permitted = tuple(name for name in BACKENDS if name not in refused)
-    return Explanation(op.name, op.choose(backend, facts), permitted, refused, op.gradient)
+    chosen = op.choose(backend, facts)
+    note = op.note(chosen, *args, **kwargs) if op.note else None
+    return Explanation(op.name, chosen, permitted, refused, op.gradient, note)

@@ -40,7 +40,7 @@ Costs = dict[str, int]
 def quant_matmul_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """One call for each shape of tile that config_for knows, in each weight format whose code differs; tuned tiles in
     the one that costs most."""
-    from pyarch.kernels import _tuned, quant_matmul, quant_matmul_act8
+    from pyarch.kernels import _tuned, quant_matmul, quant_matmul_act8, quant_matmul_dense
 
     n = k = 4096
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -60,6 +60,9 @@ def quant_matmul_calls(arch: int) -> Iterator[tuple[str, Callable[[], torch.Tens
         label = f"m{m} int{bits} g{group} zero={zero} {dtype}{' act8' * (act_bits == 8)}".replace("torch.", "")
         arguments = (x, q, scale, zeros, None, None, bias, n, group, act_bits, 2, 0.0)
         yield label, lambda arguments=arguments: quant_matmul.forward(*arguments)
+        if m == 1 and not act_bits:
+            arguments = q, scale, zeros, None, k, group, dtype
+            yield f"dequantise {label}", functools.partial(quant_matmul_dense.dequantise, *arguments)
     for key, config in _tuned.shipped("quant_matmul", quant_matmul.Config, arch):
         q = torch.empty((n, k // 2), dtype=torch.uint8) if "int4" in key else torch.empty((n, k), dtype=torch.int8)
         sizes = (config.block_m, k), (n, k // 128), (n, k // 128)

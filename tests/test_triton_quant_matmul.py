@@ -104,6 +104,21 @@ def test_configs(config):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", FORMATS)
+def test_dequantised_for_torchs_matmul(form, bits):
+    """What a tuned config may choose for many rows."""
+    config = kernel.Config(0, 0, 0, 0, 0, 0, dequantise=True)
+    for (m, n, k, group), dtype in itertools.product([(5, 70, 95, -1), (3, 40, 330, 96), (9, 33, 64, 32)], DTYPES):
+        w, x = weight(n, k, group, bits, form), draw(m, k, dtype=dtype)
+        for bias, silu in ((None, None), (draw(n, dtype=torch.float32), "silu")):
+            y = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+            code = _activation.encode(silu)
+            got = kernel.launch(config, y, x, w.q, w.scale, w.zero, w.offset, bias, group, *code)
+            truth = quant_matmul_reference(x.double(), w, None if bias is None else bias.double(), activation=silu)
+            assert_close(f"{m}x{n}x{k} g{group}", got, truth, dequantised(x, w, bias, activation=silu))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_exact_on_integers(bits, dtype):
     """Integer weights and x of -1, 0, 1: every product and sum is representable in fp32; y is their rounding."""

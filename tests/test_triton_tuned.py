@@ -56,6 +56,25 @@ def test_what_is_tuned_runs(card, monkeypatch):
     assert ran[-1] != ATTENTION, "tuned without bias"
 
 
+def test_torchs_matmul_where_it_was_faster(card, monkeypatch):
+    """As the card's file says, and explain with it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(3, 1024, device=device, dtype=torch.float16)
+    w = pyarch.quantize(torch.randn(64, 1024)).to(device)
+    explain = lambda: pyarch.explain(pyarch.quant_matmul, x, w, backend="triton")
+    assert explain().note is None
+    monkeypatch.setitem(
+        _tuned._table("Some Card")["quant_matmul"][quant_matmul.key_for((3, 64, 1024), 4)]["config"], "dequantise", True
+    )
+    assert "  note: on this card torch's matmul" in str(explain())
+    ran = []
+    dense = quant_matmul.quant_matmul_dense
+    monkeypatch.setattr(dense, "launch", lambda *a, launch=dense.launch: ran.append(1) or launch(*a))
+    got = pyarch.quant_matmul(x, w, backend="triton")
+    assert ran == [1]
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, w.dequantize(x.dtype)), rtol=1e-2, atol=1e-2)
+
+
 def test_only_configs_of_the_architecture_are_compiled(card):
     assert [config for _, config in _tuned.shipped("quant_matmul", quant_matmul.Config, 90)] == [MATMUL]
     assert not list(_tuned.shipped("quant_matmul", quant_matmul.Config, 80))

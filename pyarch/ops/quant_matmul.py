@@ -7,7 +7,9 @@
     bias      (N)       x's dtype or float32, or None
     returns   (..., N)  x's dtype
 
-Weights are used exactly as the codes say; sums are fp32 (bf16 dot products only for bf16 x) and y is rounded once.
+Weights are used exactly as the codes say; sums are fp32 (bf16 dot products only for bf16 x) and y is rounded once. But
+where a record of the card says that torch's matmul is faster for many rows (explain tells), Triton rounds weights to
+x's dtype for it.
 
 act_bits=8 also rounds the activations to int8, inside the call: one fp32 scale per row and weight group (per row when
 the group is the row), amax / 127, round half to even. It changes answers (about 0.5 % of the output's norm), so it is
@@ -217,6 +219,17 @@ def _not_in_triton(facts: Facts) -> str | None:
     return _group_refused(facts)
 
 
+def _note(backend: str, x: torch.Tensor, weight: QuantizedTensor | PackedTensor, *_, act_bits=None, **__) -> str | None:
+    """What a tuned config of this card says of a call."""
+    if backend != "triton" or act_bits is not None:
+        return None
+    from ..kernels.quant_matmul import config_for
+
+    shape = x.shape[:-1].numel(), weight.out_features, weight.in_features
+    dense = config_for(shape, weight.bits, 90).dequantise
+    return "on this card torch's matmul on the dequantised weight was measured faster, and runs" if dense else None
+
+
 LIMITS = {
     "cpu": Limits("cpu", allowed={"order": ("canonical", "panels")}),
     "cuda": Limits(
@@ -239,6 +252,7 @@ QUANT_MATMUL = Op(
     check,
     "for x and bias, any number of times; that of x on triton by a native kernel (16-bit x), else through the"
     " dequantised weight in PyTorch operations",
+    _note,
 )
 NATIVE_GRADIENT = (torch.bfloat16, torch.float16)  # the dtypes for which Triton has one
 define(
