@@ -29,6 +29,19 @@ def quant_matmul_packed():
     return x, lambda: pyarch.quant_matmul(x, w, activation="silu", backend="cuda")
 
 
+def quant_matmul_act8():
+    w = pyarch.quantize(torch.randn(256, 512), bits=8, group_size=-1).to("cuda")
+    x = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16)
+    return x, lambda: pyarch.quant_matmul(x, w, act_bits=8, backend="triton")
+
+
+def quant_matmul_gradient():
+    w = pyarch.quantize(torch.randn(256, 512), symmetric=False).to("cuda")
+    x = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    source = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+    return source, lambda: torch.autograd.grad(pyarch.quant_matmul(x, w, backend="triton"), x, source)[0]
+
+
 def paged_kv_append(backend="cuda"):
     k, v = torch.randn(2, 6, 2, 64, device="cuda", dtype=torch.bfloat16)
     caches = [torch.zeros(4, 8, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -89,7 +102,8 @@ def flash_attention_gradient():
     return source, call
 
 
-MAKERS = [quant_matmul, quant_matmul_packed, paged_kv_prompts, flash_attention, flash_attention_gradient]
+MAKERS = [quant_matmul, quant_matmul_packed, quant_matmul_act8, quant_matmul_gradient, paged_kv_prompts]
+MAKERS += [flash_attention, flash_attention_gradient]
 for one in (paged_kv_append, paged_kv_attention, paged_kv_int8):
     MAKERS += [pytest.param(functools.partial(one, backend), id=f"{one.__name__}-{backend}") for backend in KERNELS]
 CALLS = pytest.mark.parametrize("make", MAKERS)
