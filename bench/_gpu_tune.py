@@ -113,7 +113,37 @@ def flash_attention_kinds(small: bool) -> Iterator[Kind]:
         yield Kind("flash_attention", kernel.key_for(rows, size), default, candidates[: 2 if small else None], make)
 
 
-KINDS = {"quant_matmul": quant_matmul_kinds, "flash_attention": flash_attention_kinds}
+def flash_attention_backward_kinds(small: bool) -> Iterator[Kind]:
+    """Each kernel alone: the others are left out."""
+    from pyarch.kernels import flash_attention_backward as kernel
+
+    for name, size in itertools.product(("rows", "keys"), (16,) if small else (64, 128, 256)):
+
+        def make(device, copies, name=name, size=size):
+            heads, rows = (1, 16) if small else (16, 4096)
+            q, k, v, out, d_out = (randn(1, heads, rows, size, device=device) for _ in range(5))
+            lse, d_lse = (q.new_full(q.shape[:3], n, dtype=torch.float32) for n in (20.0, 0.0))
+
+            def of(config, right):
+                arguments = d_out, d_lse, out, lse, q, k, v, *[None] * 7, -1, right, 0.0, size**-0.5, 0.0, None, False
+                return lambda _: kernel.launch(lambda other: config if other == name else None, *arguments)
+
+            return [(functools.partial(of, right=right), 1) for right in (-1, 0)]
+
+        default = kernel.default_for(name, size, torch.bfloat16, 90)
+        tiles = ((64, 128), (32, 64, 128)) if name == "rows" else ((16, 32, 64), (64, 128))
+        blocks = itertools.product(*tiles, (4, 8), (2, 3) if name == "rows" else (1, 2))
+        candidates = [kernel.Config(m, n, size, warps, stages) for m, n, warps, stages in blocks]
+        yield Kind(
+            "flash_attention_backward", kernel.key_for(name, size), default, candidates[: 2 if small else None], make
+        )
+
+
+KINDS = {
+    "quant_matmul": quant_matmul_kinds,
+    "flash_attention": flash_attention_kinds,
+    "flash_attention_backward": flash_attention_backward_kinds,
+}
 
 
 def tune(op: str, out: Path | None, device: torch.device, small: bool, end: float, about: dict[str, Any]) -> None:

@@ -76,6 +76,39 @@ def scores_of(
 
 
 @triton.jit
+def scores_at(
+    s, key, position, inside, bias_cells, mask_cells,
+    left, right, scale, cap, slope,  # scale in log2 units; with softcap, scale / softcap, and cap in log2 units
+    EDGE: tl.constexpr, SCALE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, ACCURATE: tl.constexpr,
+):  # fmt: skip
+    """scores_of, of the place of each key and row, counted from anywhere: what a loop advances by belongs to position,
+    which a thread has few of, else the compiler keeps a matrix of differences."""
+    bend = s
+    if SOFTCAP:
+        bend = tanh(s * scale, ACCURATE)
+        s = bend * cap
+    elif SCALE:
+        s *= scale
+    if BIAS:
+        added = tl.load(bias_cells, mask=inside, other=0) if EDGE else tl.load(bias_cells)
+        s += added.to(tl.float32) * LOG2E
+    if ALIBI:
+        s -= tl.abs(key.to(tl.float32) - position.to(tl.float32)) * slope
+    if MASK:
+        kept = tl.load(mask_cells, mask=inside, other=0) if EDGE else tl.load(mask_cells)
+        s = tl.where(kept != 0, s, float("-inf"))
+    if EDGE:
+        seen = inside
+        if LEFT:
+            seen = seen & (key >= position - left)
+        if RIGHT:
+            seen = seen & (key <= position + right)
+        s = tl.where(seen, s, float("-inf"))
+    return s, bend
+
+
+@triton.jit
 def soften(s, m, total, scale, FOLD: tl.constexpr):
     """A step of the softmax: (p, by what acc shrinks, m, total) after scores s [BM, BN]; FOLD: yet to be scaled."""
     top = tl.max(s, 1)  # [BM]

@@ -11,26 +11,28 @@ from pyarch.kernels._attention import (
     place_of,
     product,
     range_of,
-    scores_of,
+    scores_at,
     sequence_of,
     store_tile,
 )
 from pyarch.kernels._common import bound, dot, narrow
+from pyarch.kernels._dropout import kept
 
 
 @triton.jit
 def _over_keys(
-    d_q, along, sloped, q, g, q_rows, g_rows, lse, delta, k_head, v_head, bias_rows, mask_rows, position,
+    d_q, along, sloped, total, q, g, q_rows, g_rows, lse, delta, k_head, v_head, bias_rows, mask_rows, i, shift,
     low, high, gap_at, gap, keys,
+    seed, threshold, keep, sequence, head,  # of dropout
     stride_qd, stride_gd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, stride_mn,
     left, right, scale, cap, slope,
     DELTA: tl.constexpr, SUM: tl.constexpr, SUM_SLOPES: tl.constexpr, EDGE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """The keys from low to high, as in the forward. DELTA adds p * dp to along, no more; else d_q grows, SUM adds ds to
-    along and SUM_SLOPES the slope's part to sloped."""
+    along and SUM_SLOPES the slope's part to sloped. total grows by p, of fp32 inputs alone."""
     columns, d, dv = tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, DVP)
     dtype: tl.constexpr = k_head.dtype.element_ty
     for step in range(bound(low), bound(high), BN):
@@ -45,44 +47,52 @@ def _over_keys(
         v = load_tile(v_rows, dv, stride_vd, inside, EDGE, DV, DVP)  # [BN, DVP]; not used where BDV < DVP
         s = product(q, k, q_rows, k_rows, stride_qd, stride_kd, inside, inside, BM, BN, False, EDGE, D, DP, BD)
         dp = product(g, v, g_rows, v_rows, stride_gd, stride_vd, inside, inside, BM, BN, False, EDGE, DV, DVP, BDV)
-        away = (start + columns)[None, :] - position[:, None]
-        s, bend = scores_of(
-            s, away, inside[None, :],
+        if DROPOUT:
+            dp = tl.where(kept(seed, threshold, sequence, head, i, start, BN), dp * keep, 0.0)
+        position = i + shift - start
+        s, bend = scores_at(
+            s, columns[None, :], position[:, None], (columns < keys - start)[None, :],
             bias_rows + n * stride_bn + columns.to(tl.int64)[None, :] * stride_bn,
             mask_rows + n * stride_mn + columns.to(tl.int64)[None, :] * stride_mn,
             left, right, scale, cap, slope,
             EDGE, True, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, dtype == tl.float32,
         )  # fmt: skip
         p, ds = differentiate(s, dp, lse[:, None], delta[:, None])
+        if dtype == tl.float32:
+            total += tl.sum(p, 1)
         if DELTA:
             along += tl.sum(p * dp, 1)
         else:
             if SUM:
                 along += tl.sum(ds, 1)
             if SUM_SLOPES:
-                sloped -= tl.sum(ds * tl.abs(away).to(tl.float32), 1)
+                away = columns.to(tl.float32)[None, :] - position.to(tl.float32)[:, None]
+                sloped -= tl.sum(ds * tl.abs(away), 1)
             if SOFTCAP:
                 ds *= 1.0 - bend * bend
             d_q = dot(narrow(ds, dtype), k, d_q)
-    return d_q, along, sloped
+    return d_q, along, sloped, total
 
 
-@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "share", "left", "right"])
+@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "share", "left", "right",
+                               "threshold"])  # fmt: skip
 def rows_kernel(
-    d_q, delta, row_sinks, row_slopes, row_bias,  # (B, H, rows, D), and (B, H, rows) fp32, all dense
+    d_q, delta, norm, row_sinks, row_slopes, row_bias,  # (B, H, rows, D), and (B, H, rows) fp32, all dense
     out, lse, d_lse, g,  # dense but g, which is d_out
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_bb, stride_bh, stride_bm, stride_bn,
     stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_gb, stride_gh, stride_gm, stride_gd,
     heads, H, group, rows, keys, sequences, tiles, share, left, right, scale, cap, factor,  # factor: of d_q
+    seed, threshold, keep,  # of dropout
     STEP: tl.constexpr,  # 0: delta from out, and all; 1: delta from p and dp, no more; 2: all but delta
     SUM: tl.constexpr, SUM_SLOPES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    ALIBI: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
+    NORM: tl.constexpr = q.dtype.element_ty == tl.float32
     place, bh = place_of(tl.program_id(0), heads, tiles, share)
     tile = tiles - 1 - place
     b, h = bh // H, bh % H
@@ -93,6 +103,7 @@ def rows_kernel(
     lse += first
     d_lse += first
     delta += first
+    norm += first
     row_sinks += first
     row_slopes += first
     row_bias += first
@@ -105,6 +116,8 @@ def rows_kernel(
             nan = tl.full((BM,), float("nan"), tl.float32)
             store_tile(d_q + i0.to(tl.int64) * D, tl.full((BM, DP), float("nan"), tl.float32), rows - i0, D)
             tl.store(delta + i, nan, mask=i < rows)
+            if NORM:
+                tl.store(norm + i, nan, mask=i < rows)
             if SINKS:
                 tl.store(row_sinks + i, nan, mask=i < rows)
             if SUM_SLOPES:
@@ -118,6 +131,10 @@ def rows_kernel(
         if i0 >= rows:
             return
 
+    number = 0
+    if DROPOUT:
+        number = tl.load(seed)
+    head = h  # int32, as dropout counts
     i = i0 + tl.arange(0, BM)  # [BM], rows of the sequence
     inside = i < rows
     row = tl.minimum(i, rows - 1).to(tl.int64)[:, None] + first_q  # [BM, 1], of the tensors
@@ -146,7 +163,9 @@ def rows_kernel(
     gap = full_high - full_low
 
     zeros = tl.zeros((BM,), tl.float32)
-    d_q_tile, along, sloped = tl.zeros((BM, DP), tl.float32), zeros, zeros
+    d_q_tile, along, sloped, total = tl.zeros((BM, DP), tl.float32), zeros, zeros, zeros
+    if NORM and SINKS:
+        total = tl.exp2(tl.load(sinks + h) * LOG2E - row_lse)
     row_delta = zeros
     if STEP == 0:
         for chunk in tl.static_range(0, DVP, BDV):
@@ -158,44 +177,50 @@ def rows_kernel(
     elif STEP == 2:
         row_delta = tl.load(delta + n, mask=inside, other=0.0)
     for edge in tl.static_range(2):
-        d_q_tile, along, sloped = _over_keys(
-            d_q_tile, along, sloped, q_tile, g_tile, q_rows, g_rows, row_lse, row_delta, k_head, v_head, bias_rows,
-            mask_rows, i + shift, low if edge else full_low, high - gap if edge else full_high, full_low, gap, keys,
+        d_q_tile, along, sloped, total = _over_keys(
+            d_q_tile, along, sloped, total, q_tile, g_tile, q_rows, g_rows, row_lse, row_delta, k_head, v_head,
+            bias_rows, mask_rows, i, shift, low if edge else full_low, high - gap if edge else full_high, full_low, gap,
+            keys, number, threshold, keep, sequence, head,
             stride_qd, stride_gd, stride_kn, stride_kd, stride_vn, stride_vd, stride_bn, stride_mn,
             left, right, scale, cap, slope, STEP == 1, SUM, SUM_SLOPES, edge == 1,
-            D, DV, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, BM, BN, BD, BDV, DP, DVP,
+            D, DV, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, DROPOUT, BM, BN, BD, BDV, DP, DVP,
         )  # fmt: skip
 
+    one = tl.where(total == 0, 1.0, 1.0 / total) if NORM else tl.full((BM,), 1.0, tl.float32)
     n = first + tl.arange(0, BM)
     if STEP == 1:
-        tl.store(delta + n, along - row_d_lse, mask=inside)
+        tl.store(delta + n, along * one - row_d_lse, mask=inside)
     else:
-        store_tile(d_q + first * D, d_q_tile * factor, rows - i0, D)
+        store_tile(d_q + first * D, d_q_tile * (factor * one)[:, None], rows - i0, D)
+        if NORM:
+            tl.store(norm + n, one, mask=inside)
         if STEP == 0:
             tl.store(delta + n, row_delta, mask=inside)
         if SINKS:
-            tl.store(row_sinks + n, -tl.exp2(tl.load(sinks + h) * LOG2E - row_lse) * row_delta, mask=inside)
+            tl.store(row_sinks + n, -tl.exp2(tl.load(sinks + h) * LOG2E - row_lse) * one * row_delta, mask=inside)
         if SUM_SLOPES:
-            tl.store(row_slopes + n, sloped, mask=inside)
+            tl.store(row_slopes + n, sloped * one, mask=inside)
         if SUM:
-            tl.store(row_bias + n, along, mask=inside)
+            tl.store(row_bias + n, along * one, mask=inside)
 
 
 @triton.jit
 def _over_rows(
-    d_k, d_v, k, v, k_rows, v_rows, q_head, g_head, lse, delta, bias_cells, mask_cells, slopes, j, inside_keys,
+    d_k, d_v, k, v, k_rows, v_rows, q_head, g_head, lse, delta, norm, bias_cells, mask_cells, slopes, j0, inside_keys,
     heads, low, high, gap_at, gap, rows, all_rows, shift,
+    seed, threshold, keep, sequence, first_head,  # of dropout
     stride_qh, stride_qm, stride_qd, stride_gh, stride_gm, stride_gd, stride_kd, stride_vd, stride_bh, stride_bm,
     stride_mh, stride_mm, stride_sh, left, right, scale, cap,
     EDGE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
-    """The rows from low to high of so many heads, a tile at a time, gap more from gap_at on, against keys j [BN]. EDGE:
+    """The rows from low to high of so many heads, a tile at a time, gap more from gap_at on, against BN keys. EDGE:
     some do not see some of them, or are not there. Pointers: of row 0 of the first head; bias_cells, mask_cells
     [BN, 1]."""
     columns, d, dv = tl.arange(0, BM), tl.arange(0, DP), tl.arange(0, DVP)
+    j = j0 + tl.arange(0, BN)
     dtype: tl.constexpr = q_head.dtype.element_ty
     steps = tl.cdiv(high - low, BM)
     for step in range(0, bound(heads * steps)):  # one loop, so that fewer registers live through it
@@ -223,14 +248,24 @@ def _over_rows(
         there = inside[None, :]  # keys that are not get nothing stored, but there is no bias for them
         if BIAS or MASK:
             there = there & inside_keys[:, None]
-        s, bend = scores_of(
-            s, j[:, None] - (i + shift)[None, :], there,
+        s, bend = scores_at(
+            s, j[:, None], (i + shift)[None, :], there,
             bias_cells + h * stride_bh + n * stride_bm + columns.to(tl.int64)[None, :] * stride_bm,
             mask_cells + h * stride_mh + n * stride_mm + columns.to(tl.int64)[None, :] * stride_mm,
             left, right, scale, cap, slope,
             EDGE, True, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, dtype == tl.float32,
         )  # fmt: skip
+        if DROPOUT:
+            head = first_head + step // steps
+            kept_here = tl.trans(kept(seed, threshold, sequence, head, i, j0, BN))  # [BN, BM]
+            dp = tl.where(kept_here, dp * keep, 0.0)
         p, ds = differentiate(s, dp, logarithm(row_lse)[None, :], row_delta[None, :])  # [BN, BM]
+        if dtype == tl.float32:
+            row_norm = tl.load(norm + row, mask=inside, other=0.0)[None, :]
+            p *= row_norm
+            ds *= row_norm
+        if DROPOUT:
+            p = tl.where(kept_here, p, 0.0)
         if SOFTCAP:
             ds *= 1.0 - bend * bend
         d_v = dot(narrow(p, dtype), g, d_v)
@@ -238,18 +273,20 @@ def _over_rows(
     return d_k, d_v
 
 
-@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "share", "left", "right"])
+@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "share", "left", "right",
+                               "threshold"])  # fmt: skip
 def keys_kernel(
-    d_k, d_v, lse, delta, g,  # all dense but g, which is d_out
+    d_k, d_v, lse, delta, norm, g,  # all dense but g, which is d_out
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_bb, stride_bh, stride_bm, stride_bn,
     stride_mb, stride_mh, stride_mm, stride_mn, stride_sb, stride_sh, stride_gb, stride_gh, stride_gm, stride_gd,
     heads, H, group, rows, keys, sequences, tiles, share,  # heads: of k, in all batches; H: of q; tiles: of keys
     left, right, scale, cap, factor,  # factor: of d_k
+    seed, threshold, keep,  # of dropout
     D: tl.constexpr, DV: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    ALIBI: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     tile, head = place_of(tl.program_id(0), heads, tiles, share)
@@ -261,6 +298,7 @@ def keys_kernel(
     first_head = b.to(tl.int64) * H + kv * group  # of q
     lse += first_head * rows
     delta += first_head * rows
+    norm += first_head * rows
 
     all_rows, j0, first_q, first_k, sequence = rows, tile * BN, 0, 0, b
     if PACKED:
@@ -275,8 +313,11 @@ def keys_kernel(
         if j0 >= keys:
             return
 
-    j = j0 + tl.arange(0, BN)  # [BN], keys of the sequence
-    inside = j < keys
+    number = 0
+    if DROPOUT:
+        number = tl.load(seed)
+    head = kv * group  # int32, as dropout counts
+    inside = j0 + tl.arange(0, BN) < keys  # [BN]
     b, kv, first = b.to(tl.int64), kv.to(tl.int64), tl.cast(first_k, tl.int64) + j0
     n = tl.arange(0, BN).to(tl.int64)[:, None]
     first_q = tl.cast(first_q, tl.int64)
@@ -297,14 +338,15 @@ def keys_kernel(
         d_k_tile, d_v_tile = _over_rows(
             d_k_tile, d_v_tile, k_tile, v_tile, k_rows, v_rows,
             q + b * stride_qb + h * stride_qh + first_q * stride_qm,
-            g + b * stride_gb + h * stride_gh + first_q * stride_gm, lse + first_q, delta + first_q,
+            g + b * stride_gb + h * stride_gh + first_q * stride_gm, lse + first_q, delta + first_q, norm + first_q,
             bias + b * stride_bb + h * stride_bh + first_q * stride_bm + first * stride_bn + n * stride_bn,
             mask + b * stride_mb + h * stride_mh + first_q * stride_mm + first * stride_mn + n * stride_mn,
-            slopes + sequence * stride_sb + h * stride_sh, j, inside, group,
+            slopes + sequence * stride_sb + h * stride_sh, j0, inside, group,
             low if edge else full_low, high - gap if edge else full_high, full_low, gap, rows, all_rows, shift,
+            number, threshold, keep, sequence, head,
             stride_qh, stride_qm, stride_qd, stride_gh, stride_gm, stride_gd, stride_kd, stride_vd,
             stride_bh, stride_bm, stride_mh, stride_mm, stride_sh, left, right, scale, cap, edge == 1,
-            D, DV, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, BM, BN, BD, BDV, DP, DVP,
+            D, DV, LEFT, RIGHT, SOFTCAP, BIAS, MASK, ALIBI, DROPOUT, BM, BN, BD, BDV, DP, DVP,
         )  # fmt: skip
     store_tile(d_k + first * D, d_k_tile * factor, keys - j0, D)
-    store_tile(d_v + first * DV, d_v_tile, keys - j0, DV)
+    store_tile(d_v + first * DV, d_v_tile * keep if DROPOUT else d_v_tile, keys - j0, DV)

@@ -9,16 +9,17 @@ from pyarch.kernels._attention import (
     load_tile,
     logarithm,
     product,
-    scores_of,
+    scores_at,
     sequence_of,
 )
 from pyarch.kernels._common import bound
+from pyarch.kernels._dropout import kept
 
 
-@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "left", "right",
-                               "columns", "bias_batch", "bias_heads", "over_heads", "shared", "part"])  # fmt: skip
+@triton.jit(do_not_specialize=["H", "group", "rows", "keys", "sequences", "tiles", "left", "right", "columns",
+                               "bias_batch", "bias_heads", "over_heads", "shared", "part", "threshold"])  # fmt: skip
 def scores_kernel(
-    d_bias, lse, delta, g,  # (parts, *bias's shape) and (B, H, rows), fp32 and dense
+    d_bias, lse, delta, norm, g,  # (parts, *bias's shape) and (B, H, rows), fp32 and dense
     q, k, v, sinks, bias, mask, slopes, cu_q, cu_k,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_bb, stride_bh, stride_bm, stride_bn,
@@ -26,10 +27,11 @@ def scores_kernel(
     H, group, rows, keys, sequences, tiles, columns,  # tiles of rows, and columns of keys; to COLLAPSE, tiles of keys
     bias_batch, bias_heads, over_heads, shared, part,  # shared: (batch, head)s of an element, part of them together
     left, right, scale, cap,
+    seed, threshold, keep,  # of dropout
     COLLAPSE: tl.constexpr,  # the bias is the same for every row
     D: tl.constexpr, DV: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    ALIBI: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -65,6 +67,9 @@ def scores_kernel(
         if (j0 >= keys) | ((i0 >= rows) & (not COLLAPSE)):
             return
 
+    random = 0
+    if DROPOUT:
+        random = tl.load(seed)
     j = j0 + tl.arange(0, BN)  # of the sequence
     inside_keys = j < keys
     key = j.to(tl.int64) + first_k  # of the tensors
@@ -85,7 +90,8 @@ def scores_kernel(
         inside_rows = i < rows
         row = i.to(tl.int64) + first_q
         head = start + n // steps
-        b, h = tl.cast(first_b + head // over_heads, tl.int64), tl.cast(first_h + head % over_heads, tl.int64)
+        which_b, which_h = first_b + head // over_heads, first_h + head % over_heads  # int32, as dropout counts
+        b, h = tl.cast(which_b, tl.int64), tl.cast(which_h, tl.int64)
         kv = h // group
         q_rows = q + b * stride_qb + h * stride_qh + row[:, None] * stride_qm
         g_rows = g + b * stride_gb + h * stride_gh + row[:, None] * stride_gm
@@ -116,11 +122,14 @@ def scores_kernel(
             g_tile, v_tile, g_rows, v_rows, stride_gd, stride_vd, inside_rows, inside_keys, BM, BN, True, True,
             DV, DVP, BDV,
         )  # fmt: skip
+        if DROPOUT:
+            mask_dp = kept(random, threshold, sequence + which_b, which_h, i, j0, BN)
+            dp = tl.where(mask_dp, dp * keep, 0.0)
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + (b + sequence) * stride_sb + h * stride_sh) * LOG2E
-        s, _ = scores_of(
-            s, j[None, :] - (i + shift)[:, None], inside_rows[:, None] & inside_keys[None, :],
+        s, _ = scores_at(
+            s, j[None, :], (i + shift)[:, None], inside_rows[:, None] & inside_keys[None, :],
             bias + b * stride_bb + h * stride_bh + row[:, None] * stride_bm + key[None, :] * stride_bn,
             mask + b * stride_mb + h * stride_mh + row[:, None] * stride_mm + key[None, :] * stride_mn,
             left, right, scale, cap, slope,
@@ -130,6 +139,8 @@ def scores_kernel(
         row_lse = logarithm(tl.load(lse + at, mask=inside_rows, other=float("inf")))
         row_delta = tl.load(delta + at, mask=inside_rows, other=0.0)
         _, ds = differentiate(s, dp, row_lse[:, None], row_delta[:, None])
+        if q.dtype.element_ty == tl.float32:
+            ds *= tl.load(norm + at, mask=inside_rows, other=0.0)[:, None]
         total += ds
     _store(d_bias, total, i0, j0, first_q, first_k, rows, keys, all_keys, COLLAPSE, BM, BN)
 

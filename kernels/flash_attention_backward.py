@@ -18,10 +18,16 @@ The sum of p * dp is d_out . out, whose out is rounded to the inputs' dtype. Whe
 more digits than that (of an fp32 bias, of slopes), and where keys are so few that errors do not average, rows runs once
 more before, for delta from p and dp themselves.
 
-Memory besides the results, fp32: (B, H, Sq) for delta, and again for slopes, for sinks and for a bias without keys; for
-another bias some MiB where it is so small that batches and heads are divided among programs. Torch sums these, in a
-fixed order. Tensors whose rows cannot be read in vectors of 16 bytes are copied. Tiles, edges and packed sequences are
-as in the forward; gradients are NaN where cu_seqlens do not rise from 0 to the end.
+lse is a fp32 number, of which half a unit in the last place moves all p of a row alike. In fp32, where that is more
+than the products' error, rows also sums p, the sink's too, which should give 1: what it gives divides p of the row in
+every kernel. Dropout keeps the weights that the forward kept (_dropout.py): dp and the p of d_v are 0 for the others
+and 1 / (1 - dropout_p) times as large for these.
+
+Memory besides the results, fp32: (B, H, Sq) for delta, for the sums of p, for slopes, for sinks and for a bias without
+keys, where there are such; for another bias some MiB where it is so small that batches and heads are divided among
+programs. Torch sums these, in a fixed order. Tensors whose rows cannot be read in vectors of 16 bytes are copied.
+Tiles, edges and packed sequences are as in the forward; gradients are NaN where cu_seqlens do not rise from 0 to the
+end.
 """
 
 from collections.abc import Callable
@@ -35,8 +41,10 @@ from pyarch._copies import copied
 from pyarch.kernels import _attention as host
 from pyarch.kernels._attention import L2_BYTES, LOG2E
 from pyarch.kernels._common import capability, on_device_of
+from pyarch.kernels._dropout import numbers
 from pyarch.kernels._flash_attention_backward import keys_kernel, rows_kernel
 from pyarch.kernels._flash_attention_bias import scores_kernel, sequences_kernel
+from pyarch.kernels._tuned import tuned
 
 FEW_KEYS = 64
 PROGRAMS = 1024  # of the kernel "scores" at least, if a bias has so many sharers
@@ -53,31 +61,66 @@ class Config:
     num_stages: int
 
 
-def config_for(kernel: str, size: int, dtype: torch.dtype, arch: int, curved: bool) -> Config:
-    """The config of a kernel ("rows", "keys" or "scores"), by the larger head size, padded.
+# (rows, keys) of a 16-bit tile by architecture, kernel and head size, for calls that are
+#   plain,    with softcap or ALiBi, with dropout, with bias or mask, with these and dropout
+TILES = {
+    90: {
+        ("rows", 64): ((128, 64), (128, 64), (128, 64), (64, 16), (64, 16)),
+        ("rows", 128): ((128, 64), (128, 32), (128, 32), (64, 16), (32, 16)),
+        ("rows", 256): ((128, 32), (128, 16), (128, 16), (32, 16), (16, 32)),
+        ("keys", 64): ((64, 128), (32, 128), (32, 128), (16, 128), (16, 128)),
+        ("keys", 128): ((32, 128), (32, 128), (16, 128), (32, 32), (16, 16)),
+        ("keys", 256): ((32, 32), (32, 32), (32, 32), (16, 32), (16, 16)),
+        ("scores", 64): ((64, 64),) * 4 + ((32, 32),),
+        ("scores", 128): ((64, 32),) * 4 + ((32, 32),),
+        ("scores", 256): ((32, 16),) * 5,
+    },
+    80: {
+        ("rows", 64): ((128, 64), (128, 64), (64, 32), (64, 16), (64, 16)),
+        ("rows", 128): ((64, 64), (64, 64), (64, 16), (64, 16), (32, 16)),
+        ("rows", 256): ((64, 16), (64, 16), (64, 16), (32, 16), (16, 16)),
+        ("keys", 64): ((64, 128), (32, 128), (32, 32), (16, 32), (32, 32)),
+        ("keys", 128): ((64, 64), (64, 64), (32, 32), (32, 32), (16, 32)),
+        ("keys", 256): ((16, 64), (16, 32), (16, 32), (16, 32), (16, 32)),
+        ("scores", 64): ((32, 32),) * 5,
+        ("scores", 128): ((32, 32),) * 5,
+        ("scores", 256): ((32, 16),) * 5,
+    },
+}
 
-    curved: with softcap, ALiBi, bias or mask, whose terms are in registers besides.
-    The largest tiles looked at that no feature makes spill (tests/compile_kernels.py). None is measured yet.
+
+def key_for(kernel: str, size: int) -> str:
+    """What plain calls in 16 bits share a tuned config."""
+    return f"{kernel} d{size}"
+
+
+def config_for(
+    kernel: str, size: int, dtype: torch.dtype, arch: int, bent: bool = False, scored: bool = False,
+    dropout: bool = False,
+) -> Config:  # fmt: skip
+    """The config of a kernel ("rows", "keys" or "scores"), as tuned on this card; size: the larger head size, padded.
+
+    bent: with softcap or ALiBi. scored: with bias or mask, which are loaded into registers.
     """
-    single = dtype == torch.float32
-    chunk = 32 if single else size  # of multiply-adds, whose operands lie in registers
-    if kernel == "scores":
-        return Config(32, 16, chunk, 4 if single else 8, 1) if size == 256 else Config(32, 32, chunk, 8, 2)
-    if single:
+    plain = dtype != torch.float32 and not (bent or scored or dropout)
+    found = tuned("flash_attention_backward", key_for(kernel, size), Config) if plain else None
+    return found or default_for(kernel, size, dtype, arch, bent, scored, dropout)
+
+
+def default_for(
+    kernel: str, size: int, dtype: torch.dtype, arch: int, bent: bool = False, scored: bool = False,
+    dropout: bool = False,
+) -> Config:  # fmt: skip
+    """The largest tiles looked at that no feature makes spill (tests/compile_kernels.py). None is measured yet."""
+    if dtype == torch.float32:  # of multiply-adds, whose operands lie in registers, 32 of the head size at a time
         if kernel == "rows":
-            return Config(16, 16, chunk, 8, 2)
-        return Config(16, 16, chunk, 8, 1) if size == 256 else Config(32, 32, chunk, 8, 2)
-    if kernel == "rows":
-        if curved:
-            return Config(64 if size < 256 else 32 if arch < 90 else 16, 16, size, 8, 2)
-        if size == 256:
-            return Config(128 if arch >= 90 else 64, 16, size, 8, 2)
-        return Config(64 if size == 128 and arch < 90 else 128, 64, size, 8, 2)
-    if curved or (size == 256 and arch >= 90):
-        return Config(16 if curved and size == 256 else 32, 32, size, 8, 2)
-    if size == 128:
-        return Config(32, 128, size, 8, 2) if arch >= 90 else Config(64, 64, size, 8, 2)
-    return Config(16, 64, size, 8, 2) if size == 256 else Config(64, 128, size, 8, 2)
+            return Config(16, 16, 32, 8, 2)
+        if kernel == "scores":
+            return Config(32, 16, 32, 4, 1)
+        return Config(16, 16, 32, 8, 1) if size == 256 else Config(16 if dropout else 32, 32, 32, 8, 2)
+    kind = 3 + dropout if scored else 2 if dropout else int(bent)
+    m, n = TILES[90 if arch >= 90 else 80][kernel, max(64, size)][kind]
+    return Config(m, n, size, 8, 1 if kernel == "scores" and size == 256 else 2)
 
 
 def backward(
@@ -86,8 +129,6 @@ def backward(
 ):  # fmt: skip
     """pyarch::flash_attention_backward__triton: (d_q, d_k, d_v) like q, k, v, and (d_sinks, d_bias, d_slopes) fp32,
     empty where there is none or it is not asked for. bias: 4-dimensional, and its gradient has its shape."""
-    if dropout_p > 0:
-        raise ValueError("dropout_p: this kernel has no dropout")
     given = None if bias is None else tuple(bias.shape)
     if given is not None:
         if len(given) != 4 or any(n not in (1, m) for n, m in zip(given, (*q.shape[:3], *k.shape[2:3]), strict=False)):
@@ -101,11 +142,11 @@ def backward(
         d, dv = q.shape[3], v.shape[3]
         q, k, v, out, d_out = map(_whole, (q, k, v, out, d_out))
         size = host.padded(max(q.shape[3], v.shape[3]))
-        curved = bias is not None or mask is not None or slopes is not None or softcap > 0
-        facts = size, q.dtype, capability(), curved
-        tensors = (d_out, d_lse, out, lse, q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
-        wanted = given if bias_gradient else None, slopes_gradient
-        found = launch(lambda kernel: config_for(kernel, *facts), *tensors, left, right, softcap, scale, *wanted)
+        bent, scored = slopes is not None or softcap > 0, bias is not None or mask is not None
+        facts = size, q.dtype, capability(), bent, scored, dropout_p > 0
+        tensors = (d_out, d_lse, out, lse, q, k, v, sinks, bias, mask, slopes, cu_q, cu_k, seed)
+        options = left, right, softcap, scale, dropout_p, given if bias_gradient else None, slopes_gradient
+        found = launch(lambda kernel: config_for(kernel, *facts), *tensors, *options)
         return *(x[..., :n].contiguous() for x, n in zip(found, (d, d, dv), strict=False)), *found[3:]
 
 
@@ -115,23 +156,26 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch(
-    config: Callable[[str], Config], d_out, d_lse, out, lse, q, k, v, sinks, bias, mask, slopes, cu_q, cu_k,
-    left, right, softcap, scale, bias_shape, slopes_gradient,
+    config: Callable[[str], Config | None], d_out, d_lse, out, lse, q, k, v, sinks, bias, mask, slopes,
+    cu_q, cu_k, seed, left, right, softcap, scale, dropout_p, bias_shape, slopes_gradient,
 ):  # fmt: skip
-    """The gradients with the given config of each kernel, on the current GPU. bias: expanded; bias_shape: as it was, if
-    its gradient is wanted."""
+    """The gradients with the given config of each kernel, on the current GPU; a kernel without one is left out, and its
+    results with it. bias: expanded; bias_shape: as it was, if its gradient is wanted."""
     (batch, heads, rows, d), (_, kv_heads, keys, dv) = q.shape, v.shape
-    numbers = lambda *shape: q.new_empty(shape, dtype=torch.float32)
+    dropout = numbers(seed, dropout_p, q)
+    empty = lambda *shape: q.new_empty(shape, dtype=torch.float32)
     d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    delta = numbers(batch, heads, rows)
+    delta = empty(batch, heads, rows)
+    norm = empty(batch, heads, rows) if q.dtype == torch.float32 else delta
     row_sinks, row_slopes, row_bias = (
-        numbers(batch, heads, rows) if wanted else delta
+        empty(batch, heads, rows) if wanted else delta
         for wanted in (sinks is not None, slopes_gradient, bias_shape and bias_shape[3] == 1)
     )
     out = out.contiguous()
     left, right = host.window_of(left, right, rows, keys)
     tensors = host.operands(q, k, v, sinks, bias, mask, slopes, cu_q, cu_k)
     features = host.constants(q, v, sinks, bias, mask, slopes, cu_q, left, right, softcap)
+    features |= dict(DROPOUT=dropout_p > 0)
     sequences, group = 0 if cu_q is None else len(cu_q) - 1, heads // max(kv_heads, 1)
     sides = max(left, 0), max(right, 0)
     factors = scale / softcap if softcap > 0 else scale * LOG2E.value, softcap * LOG2E.value
@@ -145,26 +189,24 @@ def launch(
     def tiles(n: int, block: int) -> int:
         return triton.cdiv(n, block) if cu_q is None else n // block + sequences
 
-    if delta.numel():
-        cut = config("rows")
+    if delta.numel() and (cut := config("rows")):
         n, share = tiles(rows, cut.block_m), max(1, L2_BYTES // max(1, keys * row_bytes)) * group
         exact = q.element_size() == 2 and (slopes_gradient or (bias_shape and bias.dtype == torch.float32))
         exact = exact or (keys <= FEW_KEYS and cu_q is None)
         for step in (1, 2) if exact else (0,):
             rows_kernel[(n * batch * heads,)](
-                d_q, delta, row_sinks, row_slopes, row_bias, out, lse, d_lse, d_out, *tensors, *d_out.stride(),
+                d_q, delta, norm, row_sinks, row_slopes, row_bias, out, lse, d_lse, d_out, *tensors, *d_out.stride(),
                 batch * heads, heads, group, rows, keys, sequences, n, min(share, batch * heads), *sides, *factors,
-                scale, STEP=step, SUM=row_bias is not delta, SUM_SLOPES=slopes_gradient, **constants(cut),
+                scale, *dropout, STEP=step, SUM=row_bias is not delta, SUM_SLOPES=slopes_gradient, **constants(cut),
             )  # fmt: skip
-    if d_k.numel():
-        cut = config("keys")
+    if d_k.numel() and (cut := config("keys")):
         n, share = tiles(keys, cut.block_n), max(1, L2_BYTES // max(1, rows * row_bytes * group))
         keys_kernel[(n * batch * kv_heads,)](
-            d_k, d_v, lse, delta, d_out, *tensors, *d_out.stride(),
+            d_k, d_v, lse, delta, norm, d_out, *tensors, *d_out.stride(),
             batch * kv_heads, heads, group, rows, keys, sequences, n, min(share, batch * kv_heads),
-            *sides, *factors, scale, **constants(cut),
+            *sides, *factors, scale, *dropout, **constants(cut),
         )  # fmt: skip
-    d_bias = numbers(0)
+    d_bias = empty(0)
     if row_bias is not delta:
         d_bias = row_bias[..., None].sum_to_size(bias_shape)
     elif bias_shape:
@@ -179,22 +221,22 @@ def launch(
         d_bias = make((parts, *bias_shape), dtype=torch.float32, device=q.device)
         if d_bias.numel():
             scores_kernel[(programs * parts,)](
-                d_bias, lse, delta, d_out, *tensors, *d_out.stride(),
+                d_bias, lse, delta, norm, d_out, *tensors, *d_out.stride(),
                 heads, group, rows, keys, sequences, n, columns, *bias_shape[:2], shared_h, shared, part,
-                *sides, *factors, COLLAPSE=collapse, **constants(cut),
+                *sides, *factors, *dropout, COLLAPSE=collapse, **constants(cut),
             )  # fmt: skip
         d_bias = d_bias[0] if parts == 1 else d_bias.sum(0)
-    d_slopes = numbers(0)
+    d_slopes = empty(0)
     if slopes_gradient:
         if cu_q is None or slopes.dim() == 1:
             d_slopes = row_slopes.sum(2).sum_to_size(slopes.shape)
         else:
-            d_slopes = numbers(*slopes.shape)
+            d_slopes = empty(*slopes.shape)
             if d_slopes.numel():
                 sequences_kernel[(d_slopes.numel(),)](
                     d_slopes, row_slopes, cu_q, cu_k, heads, rows, keys, sequences, BLOCK=1024
                 )
-    return d_q, d_k, d_v, numbers(0) if sinks is None else row_sinks.sum((0, 2)), d_bias, d_slopes
+    return d_q, d_k, d_v, empty(0) if sinks is None else row_sinks.sum((0, 2)), d_bias, d_slopes
 
 
 def _check_results(d_out, d_lse, out, lse, q, v):

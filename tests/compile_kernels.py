@@ -131,26 +131,42 @@ def flash_attention_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]
 
 
 def flash_attention_backward_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every config of config_for, with the features of language models and with all that it is for together."""
-    from pyarch.kernels import flash_attention_backward
+    """Every config of config_for, each with all that it is for together; plain ones also with causal alone, biases of
+    keys and of rows alone, keys so few that delta has a pass of its own; tuned ones plain."""
+    from pyarch.kernels import _tuned, flash_attention_backward
 
-    plain, most = "packed window sinks", "packed window sinks softcap alibi bias mask"
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for d, dtype, features in [
-        *((d, bf16, f) for d in (64, 128, 256) for f in (plain, most)), (128, bf16, "causal"),
-        *((d, fp32, most) for d in (128, 256)),
+    plain = "packed window sinks"
+    bent, scored = f"{plain} softcap alibi", f"{plain} softcap alibi bias mask"
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    kinds = plain, bent, f"{bent} dropout", scored, f"{scored} dropout"
+    for d, keys, dtype, features in [
+        *((d, 4096, bf16, f) for d in (64, 128, 256) for f in kinds),
+        *((128, 4096, dtype, "causal") for dtype in (bf16, fp16)), (64, 48, bf16, "causal"),
+        *((64, 4096, bf16, f"causal bias of {n}") for n in ("keys", "rows")),
+        (128, 4096, fp32, scored), *((d, 4096, fp32, f"{scored} dropout") for d in (128, 256)),
     ]:  # fmt: skip
-        heads, rows, keys = 8, 4096, 4096
-        q, k, v, out = (torch.empty(1, of, rows, d, dtype=dtype) for of in (heads, 2, 2, heads))
+        heads, rows = 8, 4096
+        q, out, k, v = (torch.empty(1, h, n, d, dtype=dtype) for h, n in 2 * [(heads, rows)] + 2 * [(2, keys)])
         lse, cu = torch.empty(1, heads, rows), torch.empty(5, dtype=torch.int32) if "packed" in features else None
-        bias = torch.empty(1, 1, rows, keys) if "bias" in features else None
+        shape = 1, 1, 1 if "of keys" in features else rows, 1 if "of rows" in features else keys
+        bias = torch.empty(shape) if "bias" in features else None
         mask = torch.empty(rows, keys, dtype=torch.bool).expand(1, heads, rows, keys) if "mask" in features else None
         sinks, slopes = (torch.empty(heads) if name in features else None for name in ("sinks", "alibi"))
         left, right = 128 if "window" in features else -1, 0 if "window" in features or "causal" in features else -1
-        numbers = left, right, 30.0 if "softcap" in features else 0.0, 0.125, 0.0, bias is not None, slopes is not None
-        label = f"d{d} {dtype} {features.replace(' ', '+') or 'plain'}".replace("torch.", "")
-        arguments = (out, lse, out, lse, q, k, v, sinks, bias, mask, slopes, cu, cu, None, *numbers)
-        yield label, lambda arguments=arguments: flash_attention_backward.backward(*arguments)
+        dropout_p, seed = (0.1, torch.empty(1, dtype=torch.int64)) if "dropout" in features else (0.0, None)
+        numbers = left, right, 30.0 if "softcap" in features else 0.0, 0.125, dropout_p
+        label = f"d{d} keys{keys} {dtype} {features.replace(' ', '+')}".replace("torch.", "")
+        arguments = out, lse, out, lse, q, k, v, sinks, bias, mask, slopes, cu, cu, seed, *numbers
+        wanted = bias is not None, slopes is not None
+        yield label, lambda arguments=(*arguments, *wanted): flash_attention_backward.backward(*arguments)
+        for key, config in _tuned.shipped("flash_attention_backward", flash_attention_backward.Config, arch):
+            name = key.partition(" ")[0]
+            if (key, features) == (flash_attention_backward.key_for(name, d), plain):
+                of = {name: config}.get
+                yield (
+                    f"tuned {config} {label}",
+                    functools.partial(flash_attention_backward.launch, of, *arguments, None, False),
+                )
 
 
 def paged_kv_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -1,11 +1,9 @@
 """Dropout in Triton's flash_attention: the weights that every backend drops; interpreted, or on the GPU."""
 
-import functools
-
 import pytest
 import torch
 from test_flash_attention import DTYPES, attend, combination, draw
-from test_flash_attention_dropout import DRAWS, gradients, kept, seed_of
+from test_flash_attention_dropout import DRAWS, kept, seed_of
 
 import pyarch
 from pyarch import arch, native
@@ -15,6 +13,8 @@ from pyarch.ops.flash_attention import flash_attention_reference
 if pyarch.backends()["triton"]:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+
+from test_triton_flash_attention_backward import check as check_gradients  # noqa: E402
 
 from pyarch.kernels import flash_attention as kernel  # noqa: E402
 
@@ -78,17 +78,13 @@ def test_sequences_lose_the_same_weights_padded_and_packed():
             assert same(found[0, :, ends[0][n] : ends[0][n + 1]], true[n])
 
 
-def test_gradients():
-    """By kernels or by the reference's formulas: with the weights that the forward dropped."""
-    tensors, options = (
-        draw(torch.float32, heads=4, kv_heads=2, rows=20, keys=70, d=16),
-        {"causal": True, "dropout_p": 0.4},
-    )
-    truth = gradients(flash_attention_reference, [t.double() for t in tensors], options | {"seed": seed_of(9)})
-    ours = functools.partial(attend, backend="triton")
-    found = gradients(ours, [t.to(DEVICE) for t in tensors], options | {"seed": seed_of(9).to(DEVICE)})
-    for name, true in truth.items():
-        torch.testing.assert_close(found[name].double().cpu(), true, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype):
+    """Of every argument, by the native kernels: with the weights that the reference drops."""
+    for seed in range(12):
+        (q, k, v), options = combination(seed, dtype, most_rows=40)
+        dropout = {"dropout_p": (0.1, 0.5)[seed % 2], "seed": seed_of(seed)}
+        check_gradients({"q": q, "k": k, "v": v} | options | dropout, f"seed {seed}")
 
 
 def test_without_dropout_a_seed_changes_nothing():

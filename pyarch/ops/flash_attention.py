@@ -32,8 +32,7 @@ one is drawn from torch's generator of q's device.
 Scores, softmax and sums are fp32 and out is rounded once; products of bf16 inputs are bf16 dot products, for which the
 probabilities are rounded to bf16. On the CPU a row is bitwise the same for any batch and any number of threads.
 Gradients, of lse too: native kernels on cpu and triton, in memory linear in the sequence, the same bits on every run
-and for any number of threads; a second derivative, and that of dropout on triton, by the reference's formulas, in
-memory quadratic in the sequence.
+and for any number of threads; a second derivative by the reference's formulas, in memory quadratic in the sequence.
 Errors: TypeError or ValueError naming the argument.
 Dao et al., FlashAttention, 2022; Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
@@ -234,8 +233,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_lse):
         out, lse, *tensors = ctx.saved_tensors
-        dropout_p = ctx.options[4]
-        if ctx.backend not in (DROPOUT_GRADIENT if dropout_p > 0 else NATIVE_GRADIENT):
+        if ctx.backend not in NATIVE_GRADIENT:
             return None, None, *_attention_formulas.gradients(ctx.options, d_out, d_lse, *tensors)
         wanted = ctx.needs_input_grad[2:]
         call = ctx.backend, ctx.options, wanted, out.detach(), lse.detach(), d_out, d_lse, *tensors
@@ -301,7 +299,6 @@ def _fake_backward(
     return *(x.new_empty(x.shape) for x in (q, k, v)), *numbers
 
 
-DROPOUT_GRADIENT = ("cpu",)  # the backends whose gradient kernels know dropout
 LIMITS = {
     "cpu": Limits("cpu", ranges={"head_dim": (1, 512), "value_dim": (1, 512)}),
     "triton": Limits("cuda", ranges={"head_dim": (1, 256), "value_dim": (1, 256)}, capability=(8, 0)),
@@ -310,8 +307,8 @@ FLASH_ATTENTION = Op(
     "flash_attention",
     LIMITS,
     check,
-    "on cpu and triton a native kernel, memory linear; a second derivative, and dropout on triton, by the reference's"
-    " formulas in PyTorch operations: memory quadratic",
+    "on cpu and triton a native kernel, memory linear; a second derivative by the reference's formulas in PyTorch"
+    " operations: memory quadratic",
 )
 NATIVE_GRADIENT = ("cpu", "triton")  # the backends that have one
 define(
